@@ -4,7 +4,10 @@ For every trained token with an old log-prob: load the stored version that sampl
 `AutoModelForCausalLM`, and score the token
 
     alone         with its trajectory as one row without padding: how much do batch layouts differ?
-    same layout   with the rows of the learner's batch: the values must be equal bit for bit
+    same layout   with the rows of the learner's pass: the values must be equal bit for bit
+
+A record names the pass of each token that the learner scored in the batch. Values that came with the row (replicas,
+interruption, prefetch) have no such layout, and are compared alone only.
 
 palimpsest/rescore_command.py is the command.
 """
@@ -27,6 +30,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 UNTRAINABLE = -1
+TRAINING_PASS = -2
+"""In records: the forward pass of the training gave the old log-prob."""
 CHUNK_TOKENS = 1024
 """Default of learner.logprob_chunk_tokens."""
 
@@ -132,29 +137,32 @@ def rescore(records: Path, models: Models, every: int = 1) -> dict[str, Any]:
     if not any(records.glob("*.npz")):
         raise Lacking(f"{records} holds no batch: record the run with learner.record = true")
     alone: list[np.ndarray] = []
-    unequal, versions = 0, set()
+    same = unequal = 0
+    versions: set[int] = set()
     exact, recomputed = defaultdict(list), defaultdict(list)
-    for batch in batches(records, every):
-        present = sorted(set(np.unique(batch["versions"]).tolist()) - {UNTRAINABLE})
+    for path in sorted(records.glob("*.npz"))[::every]:
+        batches = micro_batches(path)
+        present = sorted({int(v) for batch in batches for v in np.unique(batch["versions"])} - {UNTRAINABLE})
         versions.update(present)
         for version in present:
-            own = (batch["versions"] == version) & batch["exact"]
-            rows = np.flatnonzero((batch["versions"] == version).any(axis=1))  # the rows of the learner's batch
-            lengths = batch["lengths"][rows]
-            together = score(models(version), batch["tokens"][rows, : lengths.max()], batch["temperatures"][rows])
-            for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-                chosen = own[row, :length]
-                if not chosen.any():
-                    continue
-                recorded = batch["proximal"][row, :length][chosen]
-                single = score(models(version), batch["tokens"][row : row + 1, :length], batch["temperatures"][[row]])
-                alone.append(np.abs(single[0][chosen] - recorded))
-                unequal += int((together[i, :length][chosen] != recorded).sum())
-                staleness = int(batch["now"]) - version
-                behavior = batch["behavior"][row, :length][chosen]
-                exact[staleness].append(np.abs(together[i, :length][chosen] - behavior))
-                if batch["first"]:
-                    recomputed[staleness].append(np.abs(batch["current"][row, :length][chosen] - behavior))
+            for tokens, temperatures, recorded in passes(batches, version):
+                scored = score(models(version), tokens, temperatures)
+                chosen = ~np.isnan(recorded)
+                same, unequal = same + int(chosen.sum()), unequal + int((scored[chosen] != recorded[chosen]).sum())
+            for batch in batches:
+                own = (batch["versions"] == version) & batch["exact"]
+                for row in np.flatnonzero(own.any(axis=1)):
+                    length, chosen = batch["lengths"][row], own[row]
+                    single = np.zeros(len(chosen), np.float32)
+                    single[:length] = score(
+                        models(version), batch["tokens"][row : row + 1, :length], batch["temperatures"][[row]]
+                    )[0]
+                    alone.append(np.abs(single[chosen] - batch["proximal"][row][chosen]))
+                    staleness = int(batch["now"]) - version
+                    behavior = batch["behavior"][row][chosen]
+                    exact[staleness].append(np.abs(single[chosen] - behavior))
+                    if batch["first"]:
+                        recomputed[staleness].append(np.abs(batch["current"][row][chosen] - behavior))
     if not alone:
         raise Lacking(f"no token in {records} has an old log-prob: the run used a surrogate")
     differences = np.concatenate(alone)
@@ -163,27 +171,55 @@ def rescore(records: Path, models: Models, every: int = 1) -> dict[str, Any]:
         "versions": len(versions),
         "alone_mean_abs": float(differences.mean()),
         "alone_max_abs": float(differences.max()),
+        "same_layout_tokens": same,
         "same_layout_unequal": unequal,
         "exact_discrepancy": means(exact),
         "current_recompute_discrepancy": means(recomputed),
     }
 
 
-def batches(records: Path, every: int) -> Iterator[dict[str, Any]]:
-    """Iterate over the micro-batches of the recorded versions, in order."""
-    for path in sorted(records.glob("*.npz"))[::every]:
-        with np.load(path) as file:
-            for i in range(sum(name.startswith("tokens_") for name in file.files)):
-                yield {
-                    "now": file["now"],
-                    **{
-                        name: file[f"{name}_{i}"]
-                        for name in (
-                            "tokens", "versions", "behavior", "proximal", "current", "temperatures", "lengths", "first",
-                            "exact",
-                        )
-                    },
-                }  # fmt: skip
+def passes(batches: list[dict[str, Any]], version: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Iterate over the learner's passes that gave old log-probs of this version.
+
+    Yields tokens, temperatures, and the recorded values, NaN where the pass gave none; [rows, length] and [rows, 1].
+    """
+    for batch in batches:  # the training's own passes: complete micro-batches
+        own = (batch["passes"] == TRAINING_PASS) & (batch["versions"] == version) & batch["exact"]
+        if own.any():
+            yield batch["tokens"], batch["temperatures"], np.where(own, batch["proximal"], np.nan)
+    rows = defaultdict(list)
+    for batch in batches:
+        own = (batch["versions"] == version) & batch["exact"]
+        for number in sorted(set(batch["passes"][own].tolist())):
+            if number < 0:
+                continue
+            of_pass = batch["passes"] == number
+            for row in np.flatnonzero(of_pass.any(axis=1)):
+                length = int(np.flatnonzero(of_pass[row])[-1]) + 1
+                values = np.where(of_pass[row] & own[row], batch["proximal"][row], np.nan)[:length]
+                rows[number].append((length, str(batch["trajectories"][row]), batch, row, values))
+    for number in sorted(rows):
+        together = sorted(rows[number], key=lambda each: each[:2])
+        tokens = np.zeros((len(together), together[-1][0]), np.int64)
+        recorded = np.full(tokens.shape, np.nan, np.float32)
+        for i, (length, _, batch, row, values) in enumerate(together):
+            tokens[i, :length], recorded[i, :length] = batch["tokens"][row, :length], values
+        yield tokens, np.concatenate([batch["temperatures"][[row]] for _, _, batch, row, _ in together]), recorded
+
+
+def micro_batches(path: Path) -> list[dict[str, Any]]:
+    """Return the micro-batches of a recorded version. Raises Lacking if the record has no layout."""
+    names = (
+        "tokens", "versions", "behavior", "proximal", "current", "temperatures", "lengths", "first", "exact", "passes",
+        "trajectories",
+    )  # fmt: skip
+    with np.load(path) as file:
+        count = sum(name.startswith("tokens_") for name in file.files)
+        if lacking := {f"{name}_{i}" for name in names for i in range(count)} - set(file.files):
+            raise Lacking(
+                f"{path} lacks {min(lacking)}: an older release recorded the run; rescore it with that release"
+            )
+        return [{"now": file["now"]} | {name: file[f"{name}_{i}"] for name in names} for i in range(count)]
 
 
 def means(by_staleness: dict[int, list[np.ndarray]]) -> dict[str, float]:

@@ -10,12 +10,13 @@ For every trained token with an old log-prob, the command loads the stored versi
 `AutoModelForCausalLM`, and scores the token
 
     alone         with its trajectory as one row without padding: how much do batch layouts differ?
-    same layout   with the rows of the learner's batch: the values must be equal bit for bit
+    same layout   with the rows of the learner's pass: the values must be equal bit for bit
 
 Versions in a bucket are downloaded first, with the credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
 
-Prints one JSON line: tokens, versions, alone_mean_abs and alone_max_abs (nats), same_layout_unequal (tokens, must be
-0), and for each staleness the mean |exact - behavior| and the same mean for the current weights in place of the old
+Prints one JSON line: tokens, versions, alone_mean_abs and alone_max_abs (nats), same_layout_tokens (scored in
+the batch; the values of replicas and of earlier scoring come with the rows) and same_layout_unequal (must be 0), and
+for each staleness the mean |exact - behavior| and the same mean for the current weights in place of the old
 ones.
 """
 

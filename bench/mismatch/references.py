@@ -46,7 +46,7 @@ class Stored:
         self._store = store
 
     @torch.no_grad()
-    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Exact:  # noqa: ARG002
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version, fresh: int = 0) -> Exact:  # noqa: ARG002
         """Return the old log-probs. Runs one pass per version, over the rows with its tokens."""
         tokens = torch.cat([torch.from_numpy(batch.tokens) for batch in batches])
         versions = torch.cat([torch.from_numpy(batch.versions) for batch in batches])

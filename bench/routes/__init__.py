@@ -1,6 +1,8 @@
 """Cost of old log-probs by each route: seconds, bytes, and pauses of workers.
 
-python -m bench routes [--parameters small|medium] [--tokens 192] [--versions 5] [--only NAME ...]
+python -m bench routes [--parameters small|medium] [--tokens 192] [--versions 5] [--only NAME ...] [--part rows|runs]
+
+It has two parts. `rows`: the training alone, on rows of 1, 2 and 4 versions (bench/routes/rows.py). `runs`:
 
 Every variant has its own learner process (the real one), store, log, and simulated workers. The variants train one
 version each, in turns, in a rotating order, so the load of the machine affects all of them alike. The first
@@ -20,10 +22,12 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
-from bench.routes.figures import figures, show, targets
+from bench.routes import rows
+from bench.routes.figures import figures, row_targets, show, targets
 from bench.routes.variant_run import FORKS, PRELOADED, Pace, VariantRun
 from bench.routes.variants import REFERENCE, SHAPES, VARIANTS, Load, build_model
 
+PARTS = ("rows", "runs")
 INITIAL_STEP_S = 1.0
 """Assumed time of a step until the reference has trained a version."""
 
@@ -33,25 +37,32 @@ def main(arguments: list[str]) -> dict[str, Any]:
     options = _options(arguments)
     load = Load(tokens=options.tokens)
     began, load_before = time.monotonic(), os.getloadavg()
+    shape, parts = SHAPES[options.parameters], options.part or list(PARTS)
     names = options.only or [variant.name for variant in VARIANTS]
     chosen = [variant for variant in VARIANTS if variant.name == REFERENCE or variant.name in names]
     FORKS.set_forkserver_preload(PRELOADED)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="palimpsest-bench-")))
-        shape = SHAPES[options.parameters]
         parameters = build_model(shape, folder / "model")
+        widths: dict[str, dict[str, Any]] = {}
+        if "rows" in parts:
+            widths = rows.measure(shape, load, folder=folder, model=folder / "model", versions=options.versions)
+            rows.show(widths)
         runs = []
+        chosen = chosen if "runs" in parts else []
         for variant in chosen:
             run = VariantRun(variant, load, folder=folder, model=folder / "model", vocabulary=shape.vocabulary)
             stack.callback(run.kill)
             runs.append(run)
-        measured, tensor_bytes = _measure(runs, warm_up=load.max_staleness + 1, versions=options.versions)
-    routes = figures(measured, tensor_bytes)
-    met = targets(routes)
+        warm_up = load.max_staleness + 1
+        measured, tensor_bytes = _measure(runs, warm_up=warm_up, versions=options.versions) if runs else ({}, {})
+    routes = figures(measured, tensor_bytes) if measured else {}
+    met = targets(routes) | row_targets(widths)
     show(routes, met)
     return {
         "name": "routes",
         "routes": routes,
+        "rows": widths,
         "targets": met,
         "parameters": parameters,
         "tokens_per_trajectory": load.tokens,
@@ -101,5 +112,6 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     options.add_argument("--versions", type=int, default=5, help="counted versions of each variant")
     names = [variant.name for variant in VARIANTS]
     only = f"measure only these variants and the reference; one or more of {', '.join(names)}"
+    options.add_argument("--part", nargs="+", choices=PARTS, help="only these parts")
     options.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=only)
     return options.parse_args(arguments)

@@ -15,6 +15,8 @@ STALL_SHARE = 0.25
 NO_WEIGHTS = 0.001
 """A smaller share of a copy counts as no weights: a few buffers."""
 ONE_COPY = 1.01
+FORMULA_SLACK = 1.02
+"""A pass over a part of a row includes its prompt, which the formula leaves out."""
 
 LEGEND = """\
 step    seconds of forward and backward passes and the optimizer step
@@ -147,8 +149,28 @@ def targets(routes: Mapping[str, Measurements]) -> dict[str, bool]:
     return met
 
 
+def row_targets(rows: Mapping[str, Mapping[str, Measurements]]) -> dict[str, bool]:
+    """Return which targets of the rows of 1, 2 and 4 versions are met."""
+    if not rows:
+        return {}
+    exact, average = rows["1"]["snapshot"], rows["1"]["ewma_prox"]
+    cheaper = exact["extra_step_share"] <= average["extra_step_share"]
+    met = {"exact costs at most what EWMA costs, rows of one version": cheaper}
+    for width, variants in rows.items():
+        exact = variants["snapshot"]
+        met[f"the formula's passes, rows of {width}"] = exact["passes_per_row"] <= exact["formula"] * FORMULA_SLACK
+    return met
+
+
 def show(routes: Mapping[str, Measurements], met: Mapping[str, bool]) -> None:
     """Print the table and the targets."""
+    if routes:
+        _show_routes(routes)
+    for target, reached in met.items():
+        print(f"{'met' if reached else 'MISSED':7} {target}", flush=True)
+
+
+def _show_routes(routes: Mapping[str, Measurements]) -> None:
     print(LEGEND)
     print(
         f"{'':22} {'step':>6} {'extra':>7} {'of step':>8} {'CPU':>6} {'aside':>6} {'late':>6} {'copies':>7} "
@@ -161,8 +183,6 @@ def show(routes: Mapping[str, Measurements], met: Mapping[str, bool]) -> None:
             f"{route['weight_bytes_ratio']:7.2f} {route['fetched_bytes'] / 1e6:6.1f} {route['scored_tokens']:7.0f} "
             f"{route['exact_share']:6.1%} {route['stall_share']:6.1%} {route['hold_share']:6.1%}"
         )
-    for target, reached in met.items():
-        print(f"{'met' if reached else 'MISSED':7} {target}", flush=True)
 
 
 def _median(versions: Sequence[Measurements], value: Any) -> float:

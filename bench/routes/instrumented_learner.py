@@ -270,9 +270,9 @@ def instrument_source(stack: ExitStack, state: TrainingState, timer: VersionTime
     source = state.source
     original = source.proximal
 
-    def proximal(batches: Sequence[PaddedBatch], now: Version) -> Proximal:
+    def proximal(batches: Sequence[PaddedBatch], now: Version, fresh: int = 0) -> Proximal:
         with timer.time("proximal"):
-            result = original(batches, now)
+            result = original(batches, now, fresh)
         timer.counts["scored_in_step"] += _scored(result, batches)
         if isinstance(result, Interpolated):  # computed inside the passes; their time is measured as a whole
             result = replace(result, interpolate=partial(timer.timed_call, "interpolate", result.interpolate))
@@ -288,10 +288,11 @@ def instrument_source(stack: ExitStack, state: TrainingState, timer: VersionTime
 
 
 def _scored(proximal: Proximal, batches: Sequence[PaddedBatch]) -> int:
-    """Return the number of trainable tokens whose value comes from a forward pass."""
+    """Return the number of trainable tokens whose value comes from a forward pass of the source."""
     if isinstance(proximal, Interpolated) or (isinstance(proximal, Surrogate) and proximal.method == "bypass"):
         return 0
-    return sum(int((batch.mask & np.isnan(batch.old)).sum()) for batch in batches)
+    shared = 0 if proximal.shared is None else sum(int(own.sum()) for own in proximal.shared)
+    return sum(int((batch.mask & np.isnan(batch.old)).sum()) for batch in batches) - shared
 
 
 def _cut_figures() -> dict[str, float]:

@@ -162,7 +162,7 @@ SNAPSHOT_LOADS = Counter(
 )
 PHASE_SECONDS = Histogram(
     "palimpsest_learner_phase_seconds", "Time for one version, by phase", ["phase"], buckets=SECONDS, registry=REGISTRY
-)  # phase: wait, train (old log-probs included), publish, checkpoint
+)  # phase: wait, train (old log-probs included), report (records and everything else), publish, checkpoint
 ALERT = Gauge(
     "palimpsest_learner_alert",
     "1 while the rule's alert is on; NaN while the newest version has no value for it",
@@ -251,7 +251,7 @@ TRAIN_SECONDS = Counter(
 CUTS = Counter("palimpsest_learner_cuts", "Cuts requested", registry=REGISTRY)
 CUT_SECONDS = Histogram(
     "palimpsest_learner_cut_seconds", "Time for one cut, by phase", ["phase"], buckets=SECONDS, registry=REGISTRY
-)  # phase: before, wait, read, score, stall (total time that the workers are paused)
+)  # phase: before, request, wait, read, score, stall (total time that the workers are paused)
 LATE_WORKERS = Counter("palimpsest_learner_cut_late_workers", "Workers excluded from a cut", registry=REGISTRY)
 LATE_ANSWERS = Counter(
     "palimpsest_learner_cut_late_answers", "Answers of workers after the cut ended", registry=REGISTRY

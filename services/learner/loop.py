@@ -75,7 +75,7 @@ class Loop:
         self.version, self._digest, self.trained_versions = Version(0), "", 0
         self._seconds_before, self._started = 0.0, time.monotonic()
         self._confirmed = self._last_batch = self._started
-        self._phases = PhaseTimer()
+        self._phases = PhaseTimer(base="report")
         self._history: History  # opened by start
         self._last_line: dict[str, Any] = {}
         self._log_level = config.logs.level
@@ -115,6 +115,7 @@ class Loop:
 
     def run(self) -> bool:
         """Train until all versions are done or a stop is requested. Return whether they are done. Raises Fenced."""
+        self._phases.take()  # the start belongs to no version
         try:
             done = self._train_versions()
         except Fenced:

@@ -6,13 +6,18 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from palimpsest.common.messages import VersionApplied
-from palimpsest.services.report.charts import BLUE, GRAY, GREEN, ORANGE, RED, Figure, color, dots, line, short
+from palimpsest.services.report.charts import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, Figure, color, dots, line, short
 from palimpsest.services.report.folder import Line
 from palimpsest.services.report.learning import mark_changes, mark_starts
 from palimpsest.services.report.summary import is_first_after_start
 
-PHASES = (("wait", "waiting for trajectories", GRAY), ("train", "training, old log-probs included", BLUE),
-          ("publish", "publishing", GREEN), ("checkpoint", "checkpointing", ORANGE))  # fmt: skip
+PHASES = (
+    ("wait", "waiting for trajectories", GRAY),
+    ("train", "training, old log-probs included", BLUE),
+    ("report", "recording", PURPLE),
+    ("publish", "publishing", GREEN),
+    ("checkpoint", "checkpointing", ORANGE),
+)
 
 
 def timeline(lines: Sequence[Line], applied: Sequence[VersionApplied], tolerance: float | None) -> Figure:
@@ -72,7 +77,7 @@ def where_the_time_went(lines: Sequence[Line]) -> Figure:
     x = [e["published"] for e in lines]
     for phase, name, paint in PHASES:
         # A version's line has the seconds of checkpoint and publish of the version before it.
-        spent = steady if phase in ("wait", "train") else [*steady[1:], {}][: len(steady)]
+        spent = steady if phase in ("wait", "train", "report") else [*steady[1:], {}][: len(steady)]
         bars = go.Bar(x=x, y=short(e.get(phase, 0.0) for e in spent), name=name, legendgroup=name, showlegend=False)
         bars.marker = {"color": paint, "line": {"width": 0}}
         figure.add_trace(bars, row=2, col=1)

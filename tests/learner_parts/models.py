@@ -101,7 +101,7 @@ class CurrentModel:
         self.model, self.calls = model, 0
 
     @torch.no_grad()
-    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Exact:
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version, fresh: int = 0) -> Exact:
         self.calls += 1
         return Exact(
             [token_logprobs(self.model, torch.from_numpy(b.tokens), torch.from_numpy(b.temperatures)) for b in batches]

@@ -18,14 +18,15 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def record(run: Path, *, versions: list[int]) -> None:
+def record(run: Path, *, versions: list[int], exact: bool = False) -> None:
     """Write a recorded batch of one row; a token of version -1 is not trainable."""
     row = np.asarray([versions])
     zeros = np.zeros(row.shape, np.float32)
     np.savez(
         run / "records" / "00000000.npz",
         now=0, tokens_0=row, versions_0=row, behavior_0=zeros, proximal_0=zeros, current_0=zeros,
-        temperatures_0=zeros + 1, lengths_0=np.asarray([len(versions)]), first_0=True, exact_0=row < -1,
+        temperatures_0=zeros + 1, lengths_0=np.asarray([len(versions)]), first_0=True, exact_0=(row >= 0) & exact,
+        passes_0=row * 0, trajectories_0=np.asarray(["g000000/0"]),
     )  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def test_a_run_without_records_names_the_key_that_records(
 def test_a_missing_version_is_named(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record(run, versions=[-1, 4, 4])
+    record(run, versions=[-1, 4, 4], exact=True)
     error = error_of(monkeypatch, capsys, run)
     assert f"version 4, which sampled recorded tokens, is not in {run / 'snapshots'}: record" in error
     assert "learner.checkpoint.every = 1 and learner.checkpoint.keep = learner.versions" in error

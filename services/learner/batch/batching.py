@@ -5,7 +5,8 @@ gives the same bits.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +59,8 @@ class PaddedBatch:
     """Sampling temperatures, [rows, 1]."""
     old: Float32Array
     """Old log-probs in nats; NaN where a token has none."""
+    on_devices: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    """Device -> tensors of this batch there (model/device_batch.py). A batch made by `replace` starts without any."""
 
     @property
     def mask(self) -> NDArray[np.bool_]:

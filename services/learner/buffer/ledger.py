@@ -193,6 +193,11 @@ class TrajectoryLedger(Generic[T]):
             return None
         return [group.ready(now - self._max_staleness) for group in ready]
 
+    def next_groups(self) -> frozenset[str]:
+        """Return the oldest complete groups, at most a batch: the next batch takes them unless older ones complete."""
+        ready = [name for name, group in self._open.items() if not group.awaited]
+        return frozenset(ready[: self._batch])
+
     def take_batch(self, now: Version) -> list[ReadyGroup[T]] | None:
         """Return the groups of `peek_batch`. Count `items` as trained, and `stale` as dropped."""
         batch = self.peek_batch(now)

@@ -13,6 +13,7 @@ from palimpsest.common.model_limits import refuse_attention
 from palimpsest.common.model_path import WHOLE, refuse_no_model, sentence
 from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.batch.batching import PaddedBatch
+from palimpsest.services.learner.model.device_batch import on_device
 from palimpsest.services.learner.model.logprobs import Positions, checkpointed_logprobs, chunked_logprobs
 from palimpsest.services.learner.model.output_head import PROBE_TOKENS, LinearHead, decoder_of, find_head
 
@@ -105,20 +106,16 @@ def score_batch(
     device: the model's. temperature: replaces the batch's temperatures. wanted: bool [rows, length]; default: the
     trainable tokens. Other tokens get 0. Gradients follow the caller's mode.
     """
-    temperatures = torch.from_numpy(batch.temperatures)
-    if temperature is not None:
-        temperatures = torch.full_like(temperatures, temperature)
-    chosen = torch.from_numpy(batch.mask if wanted is None else wanted)
-    tokens = torch.from_numpy(batch.tokens)
-    return token_logprobs(model, tokens.to(device), temperatures.to(device), wanted=chosen.to(device))
+    own = on_device(batch, device)
+    temperatures = own.temperatures if temperature is None else torch.full_like(own.temperatures, temperature)
+    chosen = own.mask if wanted is None else torch.from_numpy(wanted).to(device)
+    return token_logprobs(model, own.tokens, temperatures, wanted=chosen)
 
 
 def score_batch_and_entropy(model: torch.nn.Module, batch: PaddedBatch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return log-probs and entropies of a padded batch's trainable tokens: see `token_logprobs_and_entropy`."""
-    tokens, temperatures, mask = (
-        torch.from_numpy(array).to(device) for array in (batch.tokens, batch.temperatures, batch.mask)
-    )
-    return token_logprobs_and_entropy(model, tokens, temperatures, wanted=mask)
+    own = on_device(batch, device)
+    return token_logprobs_and_entropy(model, own.tokens, own.temperatures, wanted=own.mask)
 
 
 def _score(

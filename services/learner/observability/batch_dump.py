@@ -5,8 +5,11 @@
 For micro-batch i: tokens_i, versions_i, behavior_i, proximal_i, current_i, advantages_i [rows, length]; exact_i (the
 proximal is the old log-prob) and missing_i (there is no proximal), bool [rows, length]; temperatures_i [rows, 1];
 trajectories_i and lengths_i (in tokens) [rows]; first_i: whether current_i is of the version trained at; removed_i,
-uint64 [rows, length]: bit b is set where cause b removed the token from the loss. For the batch: now, the version
-trained at; causes, the names of the causes by bit. palimpsest/rescore.py and common/page/records.py read these files.
+uint64 [rows, length]: bit b is set where cause b removed the token from the loss; passes_i [rows, length]: number of
+the forward pass that gave the old log-prob, -2 for the training's own pass, -1 if the value came with the row or there
+is none. A pass may hold rows of several micro-batches: those with one of its tokens, each up to its last one, sorted by
+length and trajectory. For the batch: now, the version trained at; causes, the names of the causes by bit.
+palimpsest/rescore.py and common/page/records.py read these files.
 """
 
 from collections.abc import Sequence
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from palimpsest.common.files import atomic_write
 from palimpsest.services.learner.observability.version_record import Batch
+from palimpsest.services.learner.proximal.types import NO_PASS
 from palimpsest.services.learner.training.results import MicroBatchResult, StepResult
 
 
@@ -48,6 +52,7 @@ class BatchDump:
                 f"trajectories_{i}": np.array([row.trajectory for row in padded.rows]),
                 f"first_{i}": np.array(result.first),
                 f"removed_{i}": _bits(result, causes),
+                f"passes_{i}": np.full(padded.tokens.shape, NO_PASS) if result.passes is None else result.passes,
             }
         with atomic_write(self._folder / f"{batch.version:08d}.npz") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)

@@ -7,19 +7,19 @@ surrogate:current_recompute   use the log-probs of the weights before the versio
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from palimpsest.common.config.proximal import MissingPolicy
 from palimpsest.common.logs import logger
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import PaddedBatch
+from palimpsest.services.learner.old_logprobs.passes import BatchScores
 from palimpsest.services.learner.proximal.types import Exact, Patched
 
 Holes = list[NDArray[np.bool_]]
@@ -58,25 +58,61 @@ class MissingCounter:
         return dict(new)
 
 
+def complete(
+    scores: BatchScores,
+    batches: Sequence[PaddedBatch],
+    now: Version,
+    model: torch.nn.Module,
+    *,
+    policy: MissingPolicy,
+    why: MissingReason,
+    misses: MissingCounter,
+) -> Exact | Patched:
+    """Score the tokens of `now` with the model, apply `policy` to those of other versions that still lack a value, and
+    return the proximal log-probs.
+
+    A row with both kinds of tokens has one pass. Raises UserError if a value is missing and the policy is `fail`.
+    """
+    own = scores.of(now)
+    holes = [unknown & ~mine for unknown, mine in zip(scores.unknown, own, strict=True)]
+    recompute = policy == "surrogate:current_recompute"
+    scores.score_resident(model, [unknown.copy() for unknown in scores.unknown] if recompute else own)
+    # the policy comes after the passes: if they fail on a row, the batch is scored again without it
+    return apply_missing_policy(scores, holes, batches, policy=policy, why=why, misses=misses)
+
+
 def apply_missing_policy(
-    values: list[Tensor],
+    scores: BatchScores,
     holes: Holes,
     batches: Sequence[PaddedBatch],
     *,
     policy: MissingPolicy,
     why: MissingReason,
     misses: MissingCounter,
-    recompute: Callable[[PaddedBatch, NDArray[np.bool_], Tensor], None],
 ) -> Exact | Patched:
     """Return the proximal log-probs of a batch, with `policy` applied to the missing ones.
 
-    values: for each micro-batch [rows, tokens] float32, the old log-probs, 0 where untrainable or missing; holes: the
-    missing ones; recompute: writes the model's log-probs into a micro-batch's values where its mask (second argument)
-    is True. Raises UserError if a value is missing and the policy is `fail`.
+    scores: with the values of surrogate:current_recompute, if that is the policy; holes: the missing ones. Raises
+    UserError if a value is missing and the policy is `fail`.
     """
+    values, shared, passes = scores.values, scores.shared, scores.passes
+    if not any(hole.any() for hole in holes):
+        return Exact(values, shared=shared, passes=passes)
+    _report(holes, batches, policy=policy, why=why, misses=misses)
+    missing = [torch.from_numpy(hole).to(value.device) for hole, value in zip(holes, values, strict=True)]
+    if policy == "drop":
+        return Exact(values, missing, shared=shared, passes=passes)
+    if policy == "surrogate:bypass":
+        for batch, where, value in zip(batches, missing, values, strict=True):
+            value.copy_(torch.where(where, torch.from_numpy(batch.behavior).to(value.device), value))
+    return Patched(values, missing, policy.removeprefix(SURROGATE), shared=shared, passes=passes)
+
+
+def _report(
+    holes: Holes, batches: Sequence[PaddedBatch], *, policy: MissingPolicy, why: MissingReason, misses: MissingCounter
+) -> None:
+    """Count and log the missing tokens. Raises UserError if the policy is `fail`."""
     tokens = sum(int(hole.sum()) for hole in holes)
-    if not tokens:
-        return Exact(values)
     misses.add(why, policy, tokens)
     versions, trajectories = _affected(holes, batches)
     logger().warning(
@@ -85,15 +121,6 @@ def apply_missing_policy(
     )  # fmt: skip
     if policy == "fail":
         raise UserError(_error_message(why, tokens, versions, trajectories), _CODE[why])
-    missing = [torch.from_numpy(hole).to(value.device) for hole, value in zip(holes, values, strict=True)]
-    if policy == "drop":
-        return Exact(values, missing)
-    for batch, hole, where, value in zip(batches, holes, missing, values, strict=True):
-        if policy == "surrogate:bypass":
-            value.copy_(torch.where(where, torch.from_numpy(batch.behavior).to(value.device), value))
-        else:
-            recompute(batch, hole, value)
-    return Patched(values, missing, policy.removeprefix(SURROGATE))
 
 
 def _affected(holes: Holes, batches: Sequence[PaddedBatch]) -> tuple[list[Version], int]:

@@ -2,19 +2,19 @@
 (docs/algorithms/replica.md).
 
 The model itself scores tokens of the current version: it still holds that version's weights, because `proximal` is
-called before the first optimizer step. The missing policy applies to all other tokens without a value.
+called before the first optimizer step. In the first minibatch the training passes score them. The missing policy
+applies to all other tokens without a value.
 """
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from palimpsest.common.config.proximal import MissingPolicy
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import PaddedBatch
-from palimpsest.services.learner.old_logprobs.missing import Holes, MissingCounter, MissingReason, apply_missing_policy
-from palimpsest.services.learner.old_logprobs.scoring import fill, known
+from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason, complete
+from palimpsest.services.learner.old_logprobs.passes import BatchScores
 from palimpsest.services.learner.proximal.types import Exact, Patched
 
 
@@ -26,24 +26,17 @@ class PrecomputedSource:
         model: torch.nn.Module,
         device: torch.device,
         *,
+        max_tokens: int,
         missing: MissingPolicy,
         why: MissingReason,
         misses: MissingCounter,
     ) -> None:
-        """missing: policy for tokens without a value; why: reason that is reported for them."""
-        self._model, self._device = model, device
+        """max_tokens: of a pass, padding included; missing: policy for tokens without a value; why: reason that is
+        reported for them."""
+        self._model, self._device, self._max_tokens = model, device, max_tokens
         self._missing, self._why, self._misses = missing, why, misses
 
-    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Exact | Patched:
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version, fresh: int = 0) -> Exact | Patched:
         """See Source. Raises UserError if a value is missing and the policy is `fail`."""
-        values, holes = [], Holes()
-        for batch in batches:
-            value, unknown = known(batch, self._device)
-            own = unknown & (batch.versions == now)
-            fill(self._model, batch, own, value)
-            values.append(value)
-            holes.append(np.asarray(unknown & ~own))
-        return apply_missing_policy(
-            values, holes, batches, policy=self._missing, why=self._why, misses=self._misses,
-            recompute=lambda batch, mask, value: fill(self._model, batch, mask, value),
-        )  # fmt: skip
+        scores = BatchScores(batches, self._device, max_tokens=self._max_tokens, fresh=fresh)
+        return complete(scores, batches, now, self._model, policy=self._missing, why=self._why, misses=self._misses)

@@ -92,12 +92,17 @@ class PrefetchRoute(NoRoute):
     crash loses the prefetched values; the store still holds the versions.
     """
 
-    def __init__(self, reader: TrajectoryReader, scorer: EagerScorer, scores: ScoreStore) -> None:
-        self._reader, self._scorer, self._scores = reader, scorer, scores
+    def __init__(
+        self, reader: TrajectoryReader, scorer: EagerScorer, scores: ScoreStore, left_out: Callable[[], Collection[str]]
+    ) -> None:
+        """left_out: returns groups whose tokens the training passes will score."""
+        self._reader, self._scorer, self._scores, self._left_out = reader, scorer, scores, left_out
 
     def work(self, now: Version, digest: str) -> int:
         self._scores.digests[now] = digest
-        return self._scorer.work(self._reader.arrived.values(), now, digest, should_stop=lambda: True)
+        left_out = self._left_out()
+        arrived = [received for received in self._reader.arrived.values() if received.record.group not in left_out]
+        return self._scorer.work(arrived, now, digest, should_stop=lambda: True)
 
     def attach_old_logprobs(
         self, rows: Sequence[Row], now: Version, *, heartbeat: Callable[[], None], stop: Callable[[], bool]
@@ -209,12 +214,20 @@ def route(
             durable=durable,
         )
 
+    def left_out() -> Collection[str]:
+        """Groups not to score early: the next batch probably takes them, and its training passes score their tokens of
+        the resident version. Later minibatches need other passes; so does a step that a crash may repeat."""
+        durable = config.checkpoint.every == 1 or not PROXIMAL_KINDS[config.proximal.kind].cuts_workers
+        return ingest.ledger.next_groups() if config.minibatches == 1 and durable else ()
+
     match PROXIMAL_KINDS[config.proximal.kind].route:
         case "none":
             return NoRoute()
         case "snapshot":
             assert isinstance(config.proximal, SnapshotProximal)
-            return PrefetchRoute(ingest.reader, eager_scorer(None), scores) if config.proximal.prefetch else NoRoute()
+            if not config.proximal.prefetch:
+                return NoRoute()
+            return PrefetchRoute(ingest.reader, eager_scorer(None), scores, left_out)
         case "replica":
             assert isinstance(config.proximal, ReplicaProximal)
             reader = ScoreReader(
@@ -240,5 +253,6 @@ def route(
                 confirm=confirm,
                 epoch=epoch,
                 control=control,
+                left_out=left_out,
             )
             return InterruptionRoute(ingest.reader, coordinator, scores)

@@ -1,4 +1,4 @@
-"""Log-probs of tokens under one set of weights: the forward passes of every exact source.
+"""Log-probs of tokens under one set of weights: the forward passes of a replica.
 
 Attention is causal: later tokens do not change the log-prob of a token, so a row can end after the last token to be
 scored. The layout (which rows share a pass, and the padded length) changes the last bits.
@@ -8,42 +8,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from palimpsest.common.arrays import Float32Array, Int32Array
 from palimpsest.common.trajectory import Segment, token_versions
 from palimpsest.common.versions import UNTRAINABLE, Version
-from palimpsest.services.learner.batch.batching import PaddedBatch, Row, micro_batches, pad, versions_present
+from palimpsest.services.learner.batch.batching import Row, micro_batches, pad, versions_present
 from palimpsest.services.learner.model.failing_rows import tolerant
-from palimpsest.services.learner.model.policy import score_batch
-
-
-def known(batch: PaddedBatch, device: torch.device) -> tuple[Tensor, NDArray[np.bool_]]:
-    """Return the old log-probs that the batch holds, 0 elsewhere, and a mask of trainable tokens without a value.
-
-    Both [rows, tokens], float32 (nats) and bool. -inf is a value: the token's probability underflowed.
-    """
-    unknown = batch.mask & np.isnan(batch.old)
-    values = np.where(batch.mask & ~unknown, batch.old, np.float32(0))
-    return torch.from_numpy(values).to(device), unknown
-
-
-@torch.no_grad()
-def fill(model: torch.nn.Module, batch: PaddedBatch, wanted: NDArray[np.bool_], values: Tensor) -> None:
-    """Write the model's log-probs into `values` where `wanted` is True, both [rows, tokens].
-
-    The pass leaves out rows in which no token is wanted.
-    """
-    indices = np.flatnonzero(wanted.any(axis=1)).tolist()
-    if not indices:
-        return
-    part = batch if len(indices) == len(batch.rows) else pad([batch.rows[index] for index in indices])
-    length = part.tokens.shape[1]
-    own = wanted[indices, :length]
-    scored = score_batch(model, part, values.device, wanted=own)
-    chosen = torch.from_numpy(own).to(values.device)
-    values[indices, :length] = torch.where(chosen, scored, values[indices, :length])
+from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer
 
 
 def rows_by_version(
@@ -77,24 +48,10 @@ def score(
         raise ValueError(
             f"rows are of versions {versions}: one model scores one version, so score each version separately"
         )
+    forward = tolerant(model_scorer(model, device))
     for together in micro_batches(rows, max_tokens=batch_tokens):
-        batch = pad(together)
-        values = torch.zeros(batch.tokens.shape, device=device)
-        _fill_or_nan(model, batch, values)
-        scored = values.cpu().numpy()
+        scored = forward(pad(together))
         yield [(row, scored[i, : len(row.tokens)]) for i, row in enumerate(together)]
-
-
-def _fill_or_nan(model: torch.nn.Module, batch: PaddedBatch, values: Tensor) -> None:
-    """Write the log-probs of the trainable tokens into `values`; NaN for the rows on which the pass fails."""
-
-    def score(part: PaddedBatch) -> Float32Array:
-        scored = torch.zeros(part.tokens.shape, device=values.device)
-        fill(model, part, part.mask, scored)
-        array: Float32Array = scored.cpu().numpy()
-        return array
-
-    values.copy_(torch.from_numpy(tolerant(score)(batch)))
 
 
 def _row(trajectory: str, tokens: Int32Array, versions: Int32Array, temperature: float) -> Row:

@@ -3,8 +3,9 @@
 A copy of the model (the shadow) moves in place from version to version, along the deltas of the store, and scores the
 rows with tokens of that version. Each token gets the value of the version that sampled it. Tokens of the current
 version need no copy: the model itself still holds that version's weights, because `proximal` is called before the first
-optimizer step. Tokens with a value are not scored again. Cost: one bf16 copy of the model, and one pass over a row for
-each version in it.
+optimizer step. In the first minibatch they need no pass either: the training passes score them. Tokens with a value are
+not scored again. Cost: one bf16 copy of the model, and for each older version in a row one pass over the row up to that
+version's last token (passes.py).
 """
 
 import copy
@@ -17,8 +18,8 @@ from palimpsest.common.snapshots.chain import order
 from palimpsest.common.snapshots.client import SnapshotClient, VersionMissing
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import PaddedBatch, versions_present
-from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason, apply_missing_policy
-from palimpsest.services.learner.old_logprobs.scoring import fill, known
+from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason, complete
+from palimpsest.services.learner.old_logprobs.passes import BatchScores
 from palimpsest.services.learner.old_logprobs.versioned_model import VersionedModel
 from palimpsest.services.learner.proximal.types import Exact, Patched
 
@@ -32,44 +33,37 @@ class SnapshotSource:
         store: SnapshotClient,
         device: torch.device,
         *,
+        max_tokens: int,
         loaded: Callable[[Version], None],
         missing: MissingPolicy = "fail",
         misses: MissingCounter | None = None,
     ) -> None:
-        """loaded: called with each version that is loaded from the store; missing: policy for versions that the store
-        does not hold."""
-        self._model, self._store, self._device = model, store, device
+        """max_tokens: of a pass, padding included; loaded: called with each version that is loaded from the store;
+        missing: policy for versions that the store does not hold."""
+        self._model, self._store, self._device, self._max_tokens = model, store, device, max_tokens
         self._shadow: VersionedModel | None = None
         self._loaded = loaded
         self._missing: MissingPolicy = missing
         self._misses = misses or MissingCounter()
 
-    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Exact | Patched:
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version, fresh: int = 0) -> Exact | Patched:
         """See Source. Scores version by version, in the order that moves the shadow least.
 
         Raises UserError if a snapshot is damaged, or if a version is missing and the policy is `fail`.
         """
-        values, unknown = [], []
-        for batch in batches:
-            value, holes = known(batch, self._device)
-            values.append(value)
-            unknown.append(holes)
-        present = versions_present([row for batch in batches for row in batch.rows])
+        scores = BatchScores(batches, self._device, max_tokens=self._max_tokens, fresh=fresh)
         held = self._shadow.version if self._shadow else None
-        for version in [*order(held, {*present} - {now}), now]:
-            masks = [holes & (batch.versions == version) for holes, batch in zip(unknown, batches, strict=True)]
-            if not any(mask.any() for mask in masks):
-                continue
+        present = versions_present([row for batch in batches for row in batch.rows])
+        older = [version for version in present if version != now and any(own.any() for own in scores.of(version))]
+        for version in order(held, older):
             try:
-                model = self._model if version == now else self._model_at(version)
+                model = self._model_at(version)
             except VersionMissing:
                 continue
-            for batch, mask, value, holes in zip(batches, masks, values, unknown, strict=True):
-                fill(model, batch, mask, value)
-                holes &= ~mask
-        return apply_missing_policy(
-            values, unknown, batches, policy=self._missing, why=MissingReason.VERSION_GONE, misses=self._misses,
-            recompute=lambda batch, mask, value: fill(self._model, batch, mask, value),
+            scores.score(model, scores.of(version))
+        return complete(
+            scores, batches, now, self._model,
+            policy=self._missing, why=MissingReason.VERSION_GONE, misses=self._misses,
         )  # fmt: skip
 
     def _model_at(self, version: Version) -> torch.nn.Module:

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from palimpsest.common.versions import Version
@@ -29,21 +31,35 @@ class ProximalValues:
     """bool: tokens whose value is the old log-prob."""
 
 
+Masks = list[Tensor]
+"""For each micro-batch [rows, tokens] bool."""
+Passes = list[NDArray[np.int32]]
+"""For each micro-batch [rows, tokens]: number of the pass that scored the token, or NO_PASS, or TRAINING_PASS."""
+NO_PASS = -1
+"""The token is untrainable, its value came with the row, or it has none."""
+TRAINING_PASS = -2
+"""The forward pass of the training gives the value: its weights are those of the version trained at."""
+
+
 @dataclass(frozen=True, slots=True)
 class Exact:
     """Old log-probs: each token scored with the version that sampled it."""
 
     logprobs: list[Tensor]
     """For each micro-batch [rows, tokens] float32, nats; 0 where untrainable."""
-    absent: list[Tensor] | None = None
-    """For each micro-batch [rows, tokens] bool: tokens without an old log-prob. None: every token has one."""
+    absent: Masks | None = None
+    """Tokens without an old log-prob. None: every token has one."""
+    shared: Masks | None = None
+    """Tokens whose value is the current log-prob of the training pass. None: no token."""
+    passes: Passes | None = None
+    """The layout of the scoring. None: unknown."""
 
     method: str = "exact"
 
     def anchor(self, place: int, current: Tensor, mask: Tensor) -> ProximalValues:
         """Return the values of a micro-batch. current: detached current log-probs; mask: trainable tokens."""
         missing = torch.zeros_like(mask) if self.absent is None else self.absent[place]
-        return ProximalValues(self.logprobs[place], missing, mask & ~missing)
+        return ProximalValues(_values(self, place, current), missing, mask & ~missing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +68,13 @@ class Surrogate:
 
     logprobs: list[Tensor]
     method: str
+    shared: Masks | None = None
+    """See Exact."""
 
     def anchor(self, place: int, current: Tensor, mask: Tensor) -> ProximalValues:
         """See Exact."""
         none = torch.zeros_like(mask)
-        return ProximalValues(self.logprobs[place], none, none)
+        return ProximalValues(_values(self, place, current), none, none)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +97,44 @@ class Patched:
     """Old log-probs where present, and those of a surrogate elsewhere (missing = "surrogate:NAME")."""
 
     logprobs: list[Tensor]
-    patched: list[Tensor]
-    """bool: tokens with the value of the surrogate."""
+    patched: Masks
+    """Tokens with the value of the surrogate."""
     method: str
     """Name of the surrogate."""
+    shared: Masks | None = None
+    """See Exact."""
+    passes: Passes | None = None
+    """See Exact."""
 
     def anchor(self, place: int, current: Tensor, mask: Tensor) -> ProximalValues:
         """See Exact."""
-        return ProximalValues(self.logprobs[place], torch.zeros_like(mask), mask & ~self.patched[place])
+        return ProximalValues(_values(self, place, current), torch.zeros_like(mask), mask & ~self.patched[place])
 
 
 Proximal = Exact | Surrogate | Interpolated | Patched
 
 
+def _values(proximal: Exact | Surrogate | Patched, place: int, current: Tensor) -> Tensor:
+    """The values of a micro-batch, with the current log-probs where they are shared."""
+    own = proximal.logprobs[place]
+    return own if proximal.shared is None else torch.where(proximal.shared[place], current.detach().to(own.dtype), own)
+
+
+def layout(proximal: Proximal, place: int) -> NDArray[np.int32] | None:
+    """Return the passes that scored a micro-batch, [rows, tokens]; None if they are unknown."""
+    passes = proximal.passes if isinstance(proximal, Exact | Patched) else None
+    return None if passes is None else passes[place]
+
+
 class Source(Protocol):
     """Computes the proximal log-probs of a batch before its first optimizer step."""
 
-    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Proximal:
-        """Return the proximal of these micro-batches at version `now`. Raises UserError if a version is missing."""
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version, fresh: int = 0) -> Proximal:
+        """Return the proximal of these micro-batches at version `now`. Raises UserError if a version is missing.
+
+        fresh: number of leading micro-batches whose training passes have the weights of `now`, because no optimizer
+        step comes before them. The source may leave their tokens of `now` to these passes (`shared`).
+        """
 
 
 @runtime_checkable

@@ -47,7 +47,13 @@ def _score(config: RunConfig, stop: Stop, server: Starting) -> None:
     server.doing = "the log to be opened"
     bus = open_bus(config)
     replica = ReplicaWorker(
-        run=config.run.id, name=own.name, bus=bus, device=device, batch_tokens=own.batch_tokens, stop=stop
+        run=config.run.id,
+        name=own.name,
+        bus=bus,
+        device=device,
+        batch_tokens=own.batch_tokens,
+        max_staleness=config.learner.max_staleness,
+        stop=stop,
     )
     server.show_service(ready=replica.waiting_for, status=replica.status)
     with SnapshotClient(config.store_url, ca_file=config.snapshot_store.ca_file) as store:

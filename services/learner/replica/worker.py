@@ -25,6 +25,7 @@ from palimpsest.common.messages import (
     RunFinished,
     SegmentFlushed,
     TrajectoryFinished,
+    VersionPublished,
     encode,
 )
 from palimpsest.common.offset_tracker import OffsetTracker
@@ -55,7 +56,21 @@ DRAIN_S = 10.0
 class ReplicaWorker:
     """Scores trajectories until the run is finished or a stop is requested."""
 
-    def __init__(self, *, run: str, name: str, bus: Bus, device: torch.device, batch_tokens: int, stop: Stop) -> None:
+    def __init__(
+        self,
+        *,
+        run: str,
+        name: str,
+        bus: Bus,
+        device: torch.device,
+        batch_tokens: int,
+        max_staleness: int,
+        stop: Stop,
+    ) -> None:
+        """max_staleness: the learner's; batch_tokens: of a pass, padding included."""
+        self._max_staleness = max_staleness
+        self.newest = Version(-1)
+        """Newest version that was announced since the start."""
         self._run, self._name, self._bus = run, name, bus
         self._device, self._batch_tokens, self._stop = device, batch_tokens, stop
         self._backlog, self._frontier = ScoringQueue(), OffsetTracker()
@@ -127,13 +142,15 @@ class ReplicaWorker:
                 self._commit()
 
     def _read_control(self) -> None:
-        """Note the end of the run, if it is announced."""
+        """Note the newest version, and the end of the run if it is announced."""
         for record in self._control.poll(limit=POLL_RECORDS, timeout_s=0.0):
             try:
                 message = decode_for_run(record, self._run)
                 current = self._check.check(message)
             except RejectedRecord:
                 continue  # the worker that reads it dead-letters it
+            if current and isinstance(message, VersionPublished):
+                self.newest = max(self.newest, message.version)
             if current and isinstance(message, RunFinished):
                 logger().info("run finished", version=message.version)
                 self._finished = True
@@ -153,7 +170,7 @@ class ReplicaWorker:
     def _take(self, record: Record) -> None:
         """Queue the rows of a trajectory."""
         self._frontier.read(record.partition, record.offset)
-        if rows := self._rows(record):
+        if rows := self._young(self._rows(record)):
             self._backlog.add(rows, Position(record.partition, record.offset))
         else:
             self._frontier.resolve(record.partition, record.offset)
@@ -179,6 +196,14 @@ class ReplicaWorker:
             )
             return {}
 
+    def _young(self, rows: Mapping[Version, Row]) -> Mapping[Version, Row]:
+        """Leave out the versions whose tokens the learner will mask: the next batch is trained at the newest version or
+        a later one. A batch that needs one all the same requests it."""
+        young = {version: row for version, row in rows.items() if version >= self.newest - self._max_staleness}
+        if len(young) < len(rows):
+            self._skip("too_old", len(rows) - len(young))
+        return young
+
     def _score_all(self) -> None:
         """Score all queued jobs, version by version.
 
@@ -191,6 +216,11 @@ class ReplicaWorker:
             instruments.WAITING.set(len(self._backlog))
 
     def _score(self, version: Version, jobs: Sequence[ScoringJob]) -> None:
+        if version < self.newest - self._max_staleness and not any(job.urgent for job in jobs):
+            self._skip("too_old", len(jobs))
+            for job in jobs:
+                self._resolve(job)
+            return
         try:
             self._load_version(version)
         except VersionMissing as error:

@@ -5,11 +5,13 @@ from dataclasses import astuple, dataclass, field, fields
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.corrections import Correction
+from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.losses.entropy import TURNS, Turns, turn_entropy
 from palimpsest.services.learner.losses.types import Inputs
 from palimpsest.services.learner.proximal.types import ProximalValues
@@ -32,10 +34,12 @@ class MicroBatchPass:
     """Advantages in the loss. With VCPO's baseline, the loss is computed with 1 and this is R - b afterwards."""
     usable: int
     """Number of tokens with a loss: trainable, not removed by a mask, all log-probs finite."""
+    passes: NDArray[np.int32] | None = None
+    """See Exact."""
 
-    def result(self, *, first: bool) -> MicroBatchResult:
+    def result(self, *, first: bool, ranks: ProcessGroup) -> MicroBatchResult:
         """Return the result on the CPU. first: whether the micro-batch belongs to the first minibatch."""
-        anchor = self.anchor
+        anchor, passes = self.anchor, self.passes
         return MicroBatchResult(
             batch=self.batch,
             anchor=ProximalValues(anchor.logprobs.cpu(), anchor.missing.cpu(), anchor.exact.cpu()),
@@ -46,6 +50,7 @@ class MicroBatchPass:
             advantages=self.advantages.cpu(),
             old=self.old,
             first=first,
+            passes=None if passes is None else np.where(passes >= 0, passes * ranks.size + ranks.rank, passes),
         )
 
 

@@ -31,6 +31,8 @@ class _Parts:
     store: SnapshotClient
     device: torch.device
     on_load: Callable[[Version], None]
+    max_tokens: int
+    """Of a pass, padding included."""
 
 
 def build_training_state(
@@ -45,7 +47,7 @@ def build_training_state(
 
     on_load: called with each version that a source loads from the store.
     """
-    parts = _Parts(policy, store, device, on_load)
+    parts = _Parts(policy, store, device, on_load, config.micro_batch_tokens)
     missed = MissingCounter()
     gae = config.advantages.kind == "gae"
     return TrainingState(
@@ -77,7 +79,14 @@ def _build_source(config: LearnerConfig, parts: _Parts, missed: MissingCounter) 
                 max_staleness=config.max_staleness,
                 load=partial(_stored_weights, parts),
             )
-    return PrecomputedSource(parts.policy.model, parts.device, missing=proximal.missing, why=reason, misses=missed)
+    return PrecomputedSource(
+        parts.policy.model,
+        parts.device,
+        max_tokens=parts.max_tokens,
+        missing=proximal.missing,
+        why=reason,
+        misses=missed,
+    )
 
 
 def _stored_weights(parts: _Parts, version: Version) -> list[torch.Tensor] | None:
@@ -97,5 +106,11 @@ def _snapshot_source(
 ) -> SnapshotSource:
     """Return a SnapshotSource. With the defaults, for an audit, it leaves out tokens of missing versions."""
     return SnapshotSource(
-        parts.policy.model, parts.store, parts.device, loaded=parts.on_load, missing=missing, misses=misses
+        parts.policy.model,
+        parts.store,
+        parts.device,
+        max_tokens=parts.max_tokens,
+        loaded=parts.on_load,
+        missing=missing,
+        misses=misses,
     )

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,10 +21,11 @@ from palimpsest.services.learner.losses.m2po import harmful_squares, m2po_tau
 from palimpsest.services.learner.losses.objective import Objective, Terms, switch
 from palimpsest.services.learner.losses.r2vpo import squared_deviation
 from palimpsest.services.learner.losses.types import Inputs
+from palimpsest.services.learner.model.device_batch import on_device
 from palimpsest.services.learner.model.failing_rows import failing_places, may_be_of_row, neutral
 from palimpsest.services.learner.model.policy import score_batch, score_batch_and_entropy
 from palimpsest.services.learner.model.trainable import TrainablePolicy
-from palimpsest.services.learner.proximal.types import Interpolated, ProximalValues
+from palimpsest.services.learner.proximal.types import Interpolated, ProximalValues, layout
 from palimpsest.services.learner.training.accumulators import MicroBatchPass, StepAccumulator
 from palimpsest.services.learner.training.min_variance_baseline import MinimumVarianceBaseline
 from palimpsest.services.learner.training.preparation import VersionInputs
@@ -63,15 +63,13 @@ class Passes:
         self._config, self._objective, self._guard = config, objective, guard
         self._device = next(policy.model.parameters()).device
 
-    def run(
-        self, version: VersionInputs, places: range, minibatch: Sequence[Row], sums: StepAccumulator, *, first: bool
-    ) -> Passed:
+    def run(self, version: VersionInputs, places: range, minibatch: Sequence[Row], sums: StepAccumulator) -> Passed:
         """Pass this rank's micro-batches of a minibatch. All ranks must call it.
 
         If rows of any rank fail, every rank passes the minibatch again, since limits and statistics are of all ranks.
         Raises the error if it belongs to no row. A gradient that is not finite for no row's sake stays as it is.
 
-        places: of the micro-batches in the version; minibatch: rows of all ranks; first: of the version.
+        places: of the micro-batches in the version; minibatch: rows of all ranks.
         """
         denominators = Denominators.of([row.trainable for row in minibatch], self._objective.length)
         groups = sorted({row.group for row in minibatch}) if self._config.vcpo.baseline else []
@@ -79,7 +77,7 @@ class Passes:
         while True:
             bounds = self._limits(version, places)
             if self._config.loss.objective == "m2po":
-                sums.taus.append(self._tau(version, places, bounds, first=first))
+                sums.taus.append(self._tau(version, places, bounds))
             passes, failed = self._attempt(version, places, groups, denominators, bounds, sums, look=not looked)
             gathered = self._ranks.all_gather_object((sum(one.usable for one in passes), failed is not None))
             if not any(again for _, again in gathered):
@@ -188,20 +186,17 @@ class Passes:
             return Limits()
         parts = []
         for place in places:
-            mask, behavior = self._on_device(version.batches[place].mask, version.batches[place].behavior)
-            anchor = version.proximal.anchor(place, behavior, mask)
-            parts.append((anchor.logprobs, behavior, mask, anchor.missing))
+            own = on_device(version.batches[place], self._device)
+            anchor = version.proximal.anchor(place, own.behavior, own.mask)
+            parts.append((anchor.logprobs, own.behavior, own.mask, anchor.missing))
         return limits(parts, rules, gather=self._ranks.all_gather_object)
 
-    def _tau(self, version: VersionInputs, places: range, bounds: Limits, *, first: bool) -> float:
+    def _tau(self, version: VersionInputs, places: range, bounds: Limits) -> float:
         """M2PO's tau of a minibatch, from the current log-probs of all its tokens before the first backward pass."""
         squares = [torch.empty(0, dtype=torch.float64)]
         for place in places:
-            if first and version.proximal.method == "current_recompute":
-                current = version.proximal.anchor(place, torch.empty(0), torch.empty(0)).logprobs
-            else:
-                with torch.no_grad():
-                    current = self._guard.forward(score_batch, version.batches, place)
+            with torch.no_grad():
+                current = self._guard.forward(score_batch, version.batches, place)
             inputs, _, _ = self._inputs(version, place, current, bounds)
             squares.append(harmful_squares(inputs).cpu())
         return m2po_tau(torch.cat(squares), self._config.loss.m2po.budget, gather=self._ranks.all_gather_object)
@@ -250,8 +245,8 @@ class Passes:
         self, version: VersionInputs, place: int, current: Tensor, bounds: Limits
     ) -> tuple[Inputs, ProximalValues, Correction]:
         """Inputs of the objective for one micro-batch. current: log-probs of the policy."""
-        batch = version.batches[place]
-        mask, behavior = self._on_device(batch.mask, batch.behavior)
+        own = on_device(version.batches[place], self._device)
+        mask, behavior = own.mask, own.behavior
         anchor = version.proximal.anchor(place, current.detach(), mask)
         correction = correct(
             anchor.logprobs, behavior, mask, missing=anchor.missing, rules=self._objective.rules, limits=bounds
@@ -282,27 +277,28 @@ class Passes:
             with torch.no_grad():
                 sums.divergence += float(self._objective.divergence(inputs, prepared.reference[place]).double().sum())
         sums.add_pass(loss, squared_deviation(outcome.log_update), inputs.usable)
-        old = None if version.old is None else version.old[place]
+        old = None
+        if version.audit is not None:
+            exact = version.audit.anchor(place, inputs.current.detach(), inputs.mask)
+            old = torch.where(exact.exact, exact.logprobs, torch.nan).cpu()
         removed = outcome.clipped.get("opsm")
         usable = int((inputs.usable if removed is None else inputs.usable & ~removed).sum())
         return MicroBatchPass(
-            batch, anchor, inputs, entropy.detach(), correction, outcome.clipped, old, inputs.advantages, usable
-        )
+            batch, anchor, inputs, entropy.detach(), correction, outcome.clipped, old, inputs.advantages, usable,
+            layout(version.proximal, place),
+        )  # fmt: skip
 
     def _train_critic(self, version: VersionInputs, place: int, denominators: Denominators) -> None:
         """Backward pass of the critic on one micro-batch, if there is a critic."""
         if self._state.critic is None:
             return
-        tokens, mask = self._on_device(version.batches[place].tokens, version.batches[place].mask)
+        own = on_device(version.batches[place], self._device)
         loss = self._state.critic.loss(
-            tokens,
-            mask,
+            own.tokens,
+            own.mask,
             version.prepared.returns[place],
             version.prepared.values[place],
             clip=switch(self._config.advantages.critic.clip),
             denominator=float(max(1, denominators.tokens)),
         )
         loss.backward()  # type: ignore[no-untyped-call]
-
-    def _on_device(self, *arrays: np.ndarray) -> list[Tensor]:
-        return [torch.from_numpy(array).to(self._device) for array in arrays]

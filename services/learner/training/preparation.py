@@ -15,6 +15,7 @@ from palimpsest.services.learner.corrections import log_ratio
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.losses.kl import estimate
 from palimpsest.services.learner.model.critic import Critic
+from palimpsest.services.learner.model.device_batch import on_device
 from palimpsest.services.learner.model.policy import score_batch
 from palimpsest.services.learner.proximal.types import Proximal
 from palimpsest.services.learner.training.state import TrainingState
@@ -39,7 +40,7 @@ class VersionInputs:
 
     batches: list[PaddedBatch]
     proximal: Proximal
-    old: list[Tensor] | None
+    audit: Proximal | None
     """Old log-probs of an audited batch; None if the batch is not audited."""
     prepared: Prepared
     phase: float
@@ -60,7 +61,7 @@ def prepare_batch(
         if state.start is not None:
             reference.append(score_batch(state.start, batch, device))
         if state.critic is not None:
-            values.append(state.critic.values(torch.from_numpy(batch.tokens).to(device)))
+            values.append(state.critic.values(on_device(batch, device).tokens))
     kind = config.advantages.kind
     if kind not in TOKEN_KINDS:
         return Prepared([torch.from_numpy(batch.advantages).to(device) for batch in batches], reference, values, [])

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from palimpsest.services.learner.batch.batching import PaddedBatch
@@ -29,6 +31,9 @@ class MicroBatchResult:
     """Old log-probs of an audited batch, NaN for tokens that could not be scored; None if the batch was not audited."""
     first: bool
     """Whether the micro-batch belongs to the first minibatch; then `current` is of the version trained at."""
+    passes: NDArray[np.int32] | None = None
+    """[rows, tokens]: number of the pass that scored the old log-prob, unique over all ranks; see
+    proximal/types.py. None if unknown."""
 
     @property
     def proximal(self) -> Tensor:
@@ -62,7 +67,7 @@ class StepResult:
     normalizer: float = 1.0
     """Mean over the minibatches of the mean weight that the weights were divided by."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Phase -> seconds: proximal, audit, prepare, passes, cut, step."""
+    """Phase -> seconds: proximal, audit, prepare, passes, cut, step, and summary (everything else)."""
     gauges: dict[str, float] = field(default_factory=dict)
     """Values of TrainingState.gauges, by name."""
     empty: int = 0

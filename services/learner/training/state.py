@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.losses.entropy import EntropyHistory
 from palimpsest.services.learner.model.critic import Critic
 from palimpsest.services.learner.old_logprobs.missing import MissingCounter
@@ -41,6 +42,14 @@ class TrainingState:
     def stateful_source(self) -> StatefulSource | None:
         """The source if it has a state, else None."""
         return self.source if isinstance(self.source, StatefulSource) else None
+
+    def missed(self, ranks: ProcessGroup) -> dict[str, int]:
+        """Return "reason/policy" -> tokens of all ranks without an old log-prob since the last call."""
+        missed: dict[str, int] = {}
+        for part in ranks.all_gather_object(self.misses.take()):
+            for (reason, policy), tokens in part.items():
+                missed[f"{reason}/{policy}"] = missed.get(f"{reason}/{policy}", 0) + tokens
+        return missed
 
     def gauges(self, masters: Sequence[Tensor]) -> dict[str, float]:
         """Values for the metrics, by name. masters: float32 weights of the policy."""

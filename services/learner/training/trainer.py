@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.versions import Version
@@ -20,6 +19,7 @@ from palimpsest.services.learner.losses.r2vpo import next_multiplier
 from palimpsest.services.learner.losses.vcpo import POWERS, ess, lr_factor, trajectory_log_ratio
 from palimpsest.services.learner.model.critic import critic_optimizer
 from palimpsest.services.learner.model.trainable import TrainablePolicy
+from palimpsest.services.learner.proximal.types import Proximal
 from palimpsest.services.learner.timing import PhaseTimer
 from palimpsest.services.learner.training.accumulators import MicroBatchPass, StepAccumulator, TokenTotals
 from palimpsest.services.learner.training.host_memory import trim_heap
@@ -75,20 +75,22 @@ class Trainer:
 
         before_first_step: called when the gradients of the first minibatch are complete and no weight has changed yet.
         """
-        mine = [self._micro_batches(minibatch) for minibatch in minibatches]
-        batches = [batch for minibatch in mine for batch in minibatch]
-        sums, timer = StepAccumulator(), PhaseTimer()
+        sums, timer = StepAccumulator(), PhaseTimer(base="summary")
+        with timer.of("prepare"):
+            mine = [self._micro_batches(minibatch) for minibatch in minibatches]
+            batches = [batch for minibatch in mine for batch in minibatch]
+        fresh = self._fresh(mine)
         with timer.of("proximal"):
-            proximal = self._guard.call(lambda: self._state.source.proximal(batches, now), batches)
+            proximal = self._guard.call(lambda: self._state.source.proximal(batches, now, fresh), batches)
         with timer.of("audit"):
-            old = self._guard.call(lambda: self._audit(batches, now), batches)
+            audit = self._guard.call(lambda: self._audit(batches, now, fresh), batches)
         with timer.of("prepare"):
             prepared = self._guard.call(
                 lambda: prepare_batch(self._state, batches, self._config, self._ranks, self._device), batches
             )
         epo = self._config.loss.epo
         phase = 1.0 if isinstance(epo.phase, str) else phase_weight(now, epo.phase, epo.gamma)
-        version = VersionInputs(batches, proximal, old, prepared, phase)
+        version = VersionInputs(batches, proximal, audit, prepared, phase)
         results: list[MicroBatchResult] = []
         place = 0
         for number, (own, minibatch) in enumerate(zip(mine, minibatches, strict=True)):
@@ -96,8 +98,8 @@ class Trainer:
             place += len(own)
             loss_before = sums.loss
             with timer.of("passes"):
-                passed = self._passes.run(version, places, minibatch, sums, first=number == 0)
-            results += [one.result(first=number == 0) for one in passed.passes]
+                passed = self._passes.run(version, places, minibatch, sums)
+            results += [one.result(first=number == 0, ranks=self._ranks) for one in passed.passes]
             if number == 0:
                 with timer.of("cut"):
                     before_first_step()
@@ -126,7 +128,7 @@ class Trainer:
             seconds=timer.take(),
             gauges=self._state.gauges(self._policy.masters) | sums.gauges() | self._divergence(totals),
             empty=sums.empty,
-            missed=self._missed(),
+            missed=self._state.missed(self._ranks),
             rejected=self._guard.take(),
         )
 
@@ -141,18 +143,21 @@ class Trainer:
             return [pad([row]) for row in share]
         return [pad(rows) for rows in micro_batches(share, max_tokens=self._config.micro_batch_tokens)]
 
-    def _audit(self, batches: Sequence[PaddedBatch], now: Version) -> list[Tensor] | None:
-        """Return old log-probs if this version is audited, else None. NaN marks tokens that could not be scored."""
+    def _fresh(self, minibatches: Sequence[Sequence[PaddedBatch]]) -> int:
+        """Number of leading micro-batches whose training passes have the weights that the version starts with.
+
+        These are the micro-batches of the first minibatch: every later pass comes after an optimizer step. 0 if limits
+        of the minibatch need the proximal before its passes.
+        """
+        rules = self._objective.rules
+        return len(minibatches[0]) if minibatches and rules.m2 is None and not rules.weight_normalize else 0
+
+    def _audit(self, batches: Sequence[PaddedBatch], now: Version, fresh: int) -> Proximal | None:
+        """Return old log-probs if this version is audited, else None."""
         auditor, fraction = self._state.auditor, self._config.audit.fraction
         if auditor is None or np.random.default_rng([self._seed, now]).random() >= fraction:
             return None
-        exact = auditor.proximal(batches, now)
-        known = []
-        for place, batch in enumerate(batches):
-            mask = torch.from_numpy(batch.mask).to(self._device)
-            anchor = exact.anchor(place, torch.zeros(mask.shape, device=self._device), mask)
-            known.append(torch.where(anchor.exact, anchor.logprobs, torch.nan).cpu())
-        return known
+        return auditor.proximal(batches, now, fresh)
 
     def _step(self, passes: Sequence[MicroBatchPass], sums: StepAccumulator) -> None:
         """One optimizer step, all ranks together."""
@@ -193,11 +198,3 @@ class Trainer:
         state.multiplier = next_multiplier(state.multiplier, totals.mean_squared_deviation, r2vpo.target, r2vpo.rate)
         if totals.mean_entropy is not None:
             state.entropies.add(totals.mean_entropy, totals.mean_turns)
-
-    def _missed(self) -> dict[str, int]:
-        """ "reason/policy" -> tokens of all ranks without an old log-prob."""
-        missed: dict[str, int] = {}
-        for part in self._ranks.all_gather_object(self._state.misses.take()):
-            for (reason, policy), tokens in part.items():
-                missed[f"{reason}/{policy}"] = missed.get(f"{reason}/{policy}", 0) + tokens
-        return missed

@@ -322,7 +322,7 @@ def test_other_bytes_count_every_tensor_but_the_policys(tmp_path: Path) -> None:
 def test_the_benchmark_measures_bytes_and_exact_shares() -> None:
     """Times are not checked."""
     command = [
-        sys.executable, "-m", "bench", "routes", "--parameters=tiny", "--tokens=24", "--versions=1",
+        sys.executable, "-m", "bench", "routes", "--parameters=tiny", "--tokens=24", "--versions=1", "--part", "runs",
         "--only", "snapshot", "interruption", "ewma_prox",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -346,5 +346,6 @@ def test_the_benchmark_measures_bytes_and_exact_shares() -> None:
         REFERENCE: 0.0, "snapshot": 1.0, "interruption": 0.0, "ewma_prox": 3.0,
     }  # fmt: skip
     assert routes["interruption"]["hold_share"] >= routes["interruption"]["stall_share"] > 0
-    assert routes["snapshot"]["scored_in_step_tokens"] == routes["snapshot"]["trained_tokens"]
+    assert routes["snapshot"]["scored_in_step_tokens"] <= routes["snapshot"]["trained_tokens"]
+    assert routes["ewma_prox"]["scored_in_step_tokens"] == routes["ewma_prox"]["trained_tokens"]
     assert result["load_average"].keys() == {"before", "after"}

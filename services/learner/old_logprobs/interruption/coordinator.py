@@ -51,7 +51,7 @@ class CutCoordinator:
     """Requests cuts and scores what workers flush (rank 0).
 
     confirm: raises Fenced unless the run still belongs to this learner. epoch: returns the epoch of this learner.
-    control: checks the records of earlier learners.
+    control: checks the records of earlier learners. left_out: returns groups that `work` does not score.
     """
 
     def __init__(
@@ -66,11 +66,12 @@ class CutCoordinator:
         confirm: Callable[[], None],
         epoch: Callable[[], int],
         control: ControlCheck,
+        left_out: Callable[[], Collection[str]] = frozenset,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._bus, self._ingest, self._reader, self._scorer, self._scores = bus, ingest, ingest.reader, scorer, scores
         self._run, self._deadline_s, self._confirm, self._clock = run, deadline_s, confirm, clock
-        self._epoch, self._control = epoch, control
+        self._epoch, self._control, self._left_out = epoch, control, left_out
         self._workers = WorkerFeed(bus, ingest.dead_letters, run=run, clock=clock)
         self._first = self._next = 1
         self._open: int | None = None
@@ -99,8 +100,9 @@ class CutCoordinator:
         """
         self._scores.digests[now] = digest
         self._note_other_cuts(self._workers.poll().answers)
-        until = self._clock() + SLICE_S
-        tokens = self._scorer.work(self._sampled(), now, digest, should_stop=lambda: self._clock() >= until)
+        until, left_out = self._clock() + SLICE_S, self._left_out()
+        early = [one for one in self._sampled() if isinstance(one, Flushed) or one.record.group not in left_out]
+        tokens = self._scorer.work(early, now, digest, should_stop=lambda: self._clock() >= until)
         self._resolve_scored_flushes(now)
         instruments.OLD_SCORED.labels("early").inc(tokens)
         return tokens
@@ -169,7 +171,7 @@ class CutCoordinator:
         self._workers.close()
 
     def _cut(self, now: Version, digest: str, training: Collection[str]) -> CutReport:
-        timer = PhaseTimer(self._clock)
+        timer = PhaseTimer(self._clock, base="request")
         with timer.of("before"):
             # score arrived tokens before the workers pause
             self._reader.read_all(now, timeout_s=0.0)
@@ -200,7 +202,6 @@ class CutCoordinator:
                     break
                 self._reader.read_all(now, timeout_s=0.0)
                 wait_s = 0.0 if score(enough=True) else POLL_S  # score while the cut waits for the other workers
-        timer.seconds["wait"] -= timer.seconds.get("score", 0.0)
         with timer.of("read"):
             caught_up = self._read_trajectories(cut.positions, now)
             # a late worker may have flushed, and a dead one may have finished trajectories

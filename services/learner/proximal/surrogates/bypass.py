@@ -18,6 +18,6 @@ class Bypass:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Surrogate:  # noqa: ARG002  the same at every version
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version, fresh: int = 0) -> Surrogate:
         """Return the behavior log-probs; 0 where untrainable."""
         return Surrogate([torch.from_numpy(batch.behavior).to(self._device) for batch in batches], method="bypass")

@@ -30,7 +30,7 @@ class EwmaProx:
         self.decay = decay
         self._shadow, self._device = Shadow(model), device
 
-    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Surrogate:  # noqa: ARG002  the average is of `now`
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version, fresh: int = 0) -> Surrogate:
         """Score the micro-batches with the average, cast to the dtype of the model."""
         model = self._shadow.with_weights(self.average.means)
         return Surrogate(score(model, batches, self._device), method="ewma_prox")
@@ -39,10 +39,10 @@ class EwmaProx:
         self,
         masters: Sequence[Tensor],
         *,
-        active_share: float,  # noqa: ARG002  this average has no reset
-        mean_staleness: float,  # noqa: ARG002  its decay is constant
-        unmasked_share: float = math.nan,  # noqa: ARG002
-        version: Version | None = None,  # noqa: ARG002
+        active_share: float,
+        mean_staleness: float,
+        unmasked_share: float = math.nan,
+        version: Version | None = None,
     ) -> None:
         """Add the version to the average."""
         self.average.take(masters, decay=self.decay)

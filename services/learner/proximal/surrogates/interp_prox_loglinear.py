@@ -22,7 +22,7 @@ class Loglinear:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Interpolated:
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version, fresh: int = 0) -> Interpolated:
         """Return the interpolation. Raises ValueError for a token of a version after `now`."""
         shares = [current_share(batch, now).to(self._device) for batch in batches]
         behavior = [torch.from_numpy(batch.behavior).to(self._device) for batch in batches]

@@ -26,7 +26,7 @@ class LinearProx:
             raise ValueError(f"behavior_share is {behavior_share}; it must be in [0, 1]")
         self._device, self._share = device, behavior_share
 
-    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Interpolated:  # noqa: ARG002  alpha is a constant
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version, fresh: int = 0) -> Interpolated:
         """Return the mixture, computed in each forward pass."""
         behavior = [torch.from_numpy(batch.behavior).to(self._device) for batch in batches]
         masks = [torch.from_numpy(batch.mask).to(self._device) for batch in batches]

@@ -69,7 +69,7 @@ class PpoEwmaAsync:
         """Present beta."""
         return self._decay
 
-    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Surrogate:  # noqa: ARG002  the average is of `now`
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version, fresh: int = 0) -> Surrogate:
         """Score the micro-batches with the average, cast to the dtype of the model."""
         model = self._shadow.with_weights(self.average.means)
         return Surrogate(score(model, batches, self._device), method="ppo_ewma_async")

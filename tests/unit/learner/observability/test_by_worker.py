@@ -22,7 +22,7 @@ VERSION = Version(4)
 class OffsetProximal:
     """A proximal that is 0.1 nats above the behavior log-probs in even samples, and 0.3 in odd ones."""
 
-    def proximal(self, batches: list[PaddedBatch], now: Version) -> Proximal:
+    def proximal(self, batches: list[PaddedBatch], now: Version, fresh: int = 0) -> Proximal:
         offsets = [torch.tensor([0.3 if int(row.trajectory[-1]) % 2 else 0.1 for row in b.rows]) for b in batches]
         return Exact([torch.from_numpy(b.behavior) + o[:, None] for b, o in zip(batches, offsets, strict=True)])
 

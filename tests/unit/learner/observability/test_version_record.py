@@ -40,7 +40,7 @@ class NoisyProximal:
     def __init__(self, kind: str = "exact", *, missing: bool = False) -> None:
         self.kind, self.missing = kind, missing
 
-    def proximal(self, batches: list[PaddedBatch], now: Version) -> Proximal:
+    def proximal(self, batches: list[PaddedBatch], now: Version, fresh: int = 0) -> Proximal:
         generator = torch.Generator().manual_seed(int(now))
         values, absent = [], []
         for batch in batches:

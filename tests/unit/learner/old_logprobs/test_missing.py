@@ -1,7 +1,5 @@
 """Missing old log-probs: the missing policy applies, every token is counted, and substitutes are marked."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,9 @@ from palimpsest.common.config.proximal import MissingPolicy
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.learner.batch.batching import PaddedBatch, pad
 from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason, apply_missing_policy
+from palimpsest.services.learner.old_logprobs.passes import BatchScores
 from palimpsest.services.learner.proximal.types import Exact, Patched
+from tests.learner_parts.models import CPU
 from tests.records.builders import a_row
 
 CURRENT = -7.0
@@ -38,26 +38,28 @@ def exact() -> list[Tensor]:
     return [torch.from_numpy(np.where(batch.mask, np.float32(-0.5), np.float32(0))) for batch in batches()]
 
 
-def recompute(batch: PaddedBatch, wanted: NDArray[np.bool_], values: Tensor) -> None:
-    values[torch.from_numpy(wanted)] = CURRENT
-
-
-def forbidden(batch: PaddedBatch, wanted: NDArray[np.bool_], values: Tensor) -> None:
-    raise AssertionError("a forward pass is not needed")
-
-
 def apply_policy(
     missing: list[NDArray[np.bool_]],
     policy: MissingPolicy,
     *,
     why: MissingReason = MissingReason.VERSION_GONE,
     misses: MissingCounter | None = None,
-    pass_: Callable[[PaddedBatch, NDArray[np.bool_], Tensor], None] = forbidden,
 ) -> Exact | Patched:
-    values = [value.masked_fill(torch.from_numpy(hole), 0.0) for value, hole in zip(exact(), missing, strict=True)]
-    return apply_missing_policy(
-        values, missing, batches(), policy=policy, why=why, misses=misses or MissingCounter(), recompute=pass_
-    )  # fmt: skip
+    values = [value.masked_fill(torch.from_numpy(hole), CURRENT) for value, hole in zip(exact(), missing, strict=True)]
+    return applied(values, missing, batches(), policy=policy, why=why, misses=misses or MissingCounter())
+
+
+def applied(
+    values: list[Tensor], missing: list[NDArray[np.bool_]], of: list[PaddedBatch], *, policy: MissingPolicy,
+    why: MissingReason, misses: MissingCounter,
+) -> Exact | Patched:  # fmt: skip
+    """Apply the policy to these values, which hold the present weights' log-probs where one is missing."""
+    scores = BatchScores(of, CPU, max_tokens=1000, fresh=0)
+    scores.values = [
+        value if policy == RECOMPUTED else value.masked_fill(torch.from_numpy(hole), 0.0)
+        for value, hole in zip(values, missing, strict=True)
+    ]
+    return apply_missing_policy(scores, missing, of, policy=policy, why=why, misses=misses)
 
 
 @pytest.mark.parametrize("policy", ["fail", "drop", BYPASSED, RECOMPUTED])
@@ -77,7 +79,7 @@ def test_18_15_every_missing_token_is_counted_by_cause_and_policy(why: MissingRe
     misses = MissingCounter()
     for _ in range(2):
         try:
-            apply_policy(holes(1, 2), policy, why=why, misses=misses, pass_=recompute)
+            apply_policy(holes(1, 2), policy, why=why, misses=misses)
         except UserError:
             assert policy == "fail"
     assert misses.tokens == {(why.value, policy): 10}
@@ -108,8 +110,8 @@ def test_bypass_uses_behavior_log_probs_and_marks_them() -> None:
     assert not anchor.missing.any()
 
 
-def test_recompute_scores_the_missing_tokens_only() -> None:
-    proximal = apply_policy(holes(1), RECOMPUTED, pass_=recompute)
+def test_recompute_keeps_the_present_weights_log_probs_and_marks_them() -> None:
+    proximal = apply_policy(holes(1), RECOMPUTED)
     assert isinstance(proximal, Patched)
     assert proximal.method == "current_recompute"
     assert [part.tolist() for part in proximal.logprobs] == [
@@ -149,9 +151,9 @@ def test_an_error_names_a_few_of_many_versions() -> None:
     rows = [a_row(f"g0/{v}", [1, 2], [-1, v]) for v in range(9)]
     batch = pad(rows)
     with pytest.raises(UserError, match="versions 0, 1, 2, 3, 4 and 4 more are not"):
-        apply_missing_policy(
+        applied(
             [torch.zeros(9, 2)], [batch.mask], [batch], policy="fail", why=MissingReason.VERSION_GONE,
-            misses=MissingCounter(), recompute=forbidden,
+            misses=MissingCounter(),
         )  # fmt: skip
 
 
@@ -170,10 +172,10 @@ def test_18_15_random_missing_tokens_match_a_table() -> None:
         old = np.where(batch.mask & ~hole, -rng.random(batch.mask.shape), 0).astype(np.float32)
         policy: MissingPolicy = ("drop", BYPASSED, RECOMPUTED)[draw % 3]  # type: ignore[assignment]
         misses = MissingCounter()
-        proximal = apply_missing_policy(
-            [torch.from_numpy(old.copy())], [hole], [batch], policy=policy, why=MissingReason.NOT_SCORED, misses=misses,
-            recompute=recompute,
-        )  # fmt: skip
+        filled = np.where(hole, np.float32(CURRENT), old)
+        proximal = applied(
+            [torch.from_numpy(filled)], [hole], [batch], policy=policy, why=MissingReason.NOT_SCORED, misses=misses
+        )
         anchor = proximal.anchor(0, torch.zeros(batch.mask.shape), torch.from_numpy(batch.mask))
         stand_in = {"drop": 0.0 * old, BYPASSED: batch.behavior, RECOMPUTED: np.full_like(old, CURRENT)}[policy]
         assert np.array_equal(anchor.logprobs.numpy(), np.where(hole, stand_in, old))

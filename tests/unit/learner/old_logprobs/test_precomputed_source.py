@@ -30,7 +30,7 @@ def source(
     model: torch.nn.Module, missing: MissingPolicy = "fail", misses: MissingCounter | None = None
 ) -> PrecomputedSource:
     return PrecomputedSource(
-        model, CPU, missing=missing, why=MissingReason.NOT_SCORED, misses=misses or MissingCounter()
+        model, CPU, max_tokens=10_000, missing=missing, why=MissingReason.NOT_SCORED, misses=misses or MissingCounter()
     )
 
 

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.thorough
 
 VERSIONS = (0, 1, 2)
 NOW = Version(2)
+MAX_TOKENS = 10_000
 
 
 class Versions:
@@ -48,7 +49,7 @@ class Versions:
             store.put("test", Version(version), weights, canaries(self.resident), writer=1)
             self.plain[version] = load(folder)
             self.plain[version].load_state_dict(self.resident.state_dict())
-        self.source = SnapshotSource(self.resident, store, CPU, loaded=self.loads.append)
+        self.source = SnapshotSource(self.resident, store, CPU, max_tokens=MAX_TOKENS, loaded=self.loads.append)
 
 
 @pytest.fixture
@@ -154,7 +155,10 @@ GONE = a_row("gone", [5, 6, 7, 8, 9, 10], [-1, 0, 7, 7, 8, 2], behavior=[0.0, -1
 
 
 def with_policy(versions: Versions, policy: MissingPolicy, misses: MissingCounter) -> SnapshotSource:
-    return SnapshotSource(versions.resident, versions.store, CPU, loaded=lambda _: None, missing=policy, misses=misses)
+    return SnapshotSource(
+        versions.resident, versions.store, CPU, max_tokens=MAX_TOKENS, loaded=lambda _: None, missing=policy,
+        misses=misses,
+    )  # fmt: skip
 
 
 def test_18_5_dropping_a_deleted_version_keeps_the_others_exact(versions: Versions) -> None:

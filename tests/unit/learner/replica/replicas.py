@@ -61,11 +61,15 @@ class Setup:
                 run="test", version=Version(version), digest=manifest.digest, published_at=0.0, writer=1
             )  # fmt: skip
             bus.publish(CONTROL, [Outgoing("test", encode(published))])
-        self.source = SnapshotSource(self.newest, store, CPU, loaded=lambda _: None)
+        self.announcement = published
+        """Of the newest version."""
+        self.max_staleness = 100
+        self.source = SnapshotSource(self.newest, store, CPU, max_tokens=10_000, loaded=lambda _: None)
 
     def replica(self, name: str, stop: Stop, bus: SqliteBus | None = None) -> ReplicaWorker:
         return ReplicaWorker(
-            run="test", name=name, bus=bus or self.bus, device=CPU, batch_tokens=BATCH_TOKENS, stop=stop
+            run="test", name=name, bus=bus or self.bus, device=CPU, batch_tokens=BATCH_TOKENS, stop=stop,
+            max_staleness=self.max_staleness,
         )  # fmt: skip
 
     def trajectories(self, *records: TrajectoryFinished | SegmentFlushed) -> None:

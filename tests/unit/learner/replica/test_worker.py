@@ -261,3 +261,20 @@ def test_a_local_run_starts_replicas_when_it_needs_them(tmp_path: Path, kind: st
     assert all("palimpsest.services.learner.replica" in child.command for child in local.replicas)
     assert len(local.replica_urls) == len(set(local.replica_urls.values())) == started
     assert [child for child in local.children if child in local.replicas] == local.replicas
+
+
+def test_tokens_that_the_learner_will_mask_are_not_scored_unless_a_batch_requests_them(setup: Setup) -> None:
+    setup.max_staleness = 1
+    records = [finished(0, 0, MIXED), finished(0, 1, (a_segment(3, 9, 0),), tokens=12)]
+    with RunningReplica(setup) as running:
+        setup.bus.publish(CONTROL, [Outgoing("test", encode(setup.announcement))])  # version 2: 1 is the oldest
+        eventually(lambda: running.replica.newest == 2)
+        setup.trajectories(*records)
+        eventually(lambda: running.replica.status()["skipped"] == {"too_old": 2})
+        eventually(lambda: {score.version for score in setup.scores()} == {1, 2})
+        request = OldLogprobsRequested(
+            run="test", trajectory=records[1].trajectory, tokens=records[1].tokens, segments=records[1].segments,
+            temperature=0.7,
+        )  # fmt: skip
+        setup.bus.publish(OLD_LOGPROBS, [Outgoing(records[1].trajectory, encode(request))])
+        eventually(lambda: {score.version for score in setup.scores()} == {0, 1, 2})

@@ -50,7 +50,7 @@ class OtherModel:
     def __init__(self, model: torch.nn.Module) -> None:
         self._current_model = CurrentModel(model)
 
-    def proximal(self, batches: Sequence[PaddedBatch], now: Version) -> Exact:
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version, fresh: int = 0) -> Exact:
         found = self._current_model.proximal(batches, now)
         masks = [torch.from_numpy(batch.mask) for batch in batches]
         zero = torch.zeros(())

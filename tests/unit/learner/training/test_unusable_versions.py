@@ -35,7 +35,7 @@ class WithoutOld:
     def __init__(self, model: torch.nn.Module) -> None:
         self._source = CurrentModel(model)
 
-    def proximal(self, batches: list[PaddedBatch], now: Version) -> Exact:
+    def proximal(self, batches: list[PaddedBatch], now: Version, fresh: int = 0) -> Exact:
         return Exact(self._source.proximal(batches, now).logprobs, [torch.from_numpy(batch.mask) for batch in batches])
 
 

@@ -44,7 +44,7 @@ def test_a_cut_scores_finished_and_live_trajectories_durably(log: Log) -> None:
     assert (report.workers, report.answered, report.late) == (("a", "b"), ("a", "b"), ())
     assert (report.tokens_scored, report.flushed, report.caught_up, report.fenced) == (20, 3, True, False)
     assert report.stall_s > 0
-    assert set(report.seconds) == {"before", "wait", "read", "score"}
+    assert set(report.seconds) == {"before", "request", "wait", "read", "score"}
     assert [request.deadline_s for request in requests(log)] == [5.0]
     assert sorted(record.trajectory for record in log.scored()) == sorted(
         ["g000000/0", "g000000/1", "g000001/0", "g000001/1", "g000002/0"]

@@ -1,0 +1,39 @@
+"""The tensors of a padded batch on a device, made once for all passes over it.
+
+Training, reference, critic and the sources of the proximal read the same tensors. Nothing may change them in place.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from palimpsest.services.learner.batch.batching import PaddedBatch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceBatch:
+    """See PaddedBatch; [rows, tokens] each."""
+
+    tokens: Tensor
+    """int64"""
+    mask: Tensor
+    """bool: trainable tokens."""
+    behavior: Tensor
+    temperatures: Tensor
+    """[rows, 1]"""
+
+
+def on_device(batch: PaddedBatch, device: torch.device) -> DeviceBatch:
+    """Return the batch's tensors on this device. The batch keeps them for the next call."""
+    kept: DeviceBatch | None = batch.on_devices.get(device)
+    if kept is None:
+        kept = batch.on_devices[device] = _moved(batch, device)
+    return kept
+
+
+def _moved(batch: PaddedBatch, device: torch.device) -> DeviceBatch:
+    tokens, mask, behavior, temperatures = (
+        torch.from_numpy(array).to(device) for array in (batch.tokens, batch.mask, batch.behavior, batch.temperatures)
+    )
+    return DeviceBatch(tokens, mask, behavior, temperatures)

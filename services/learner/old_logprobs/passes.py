@@ -1,0 +1,101 @@
+"""Passes that score tokens of a batch, each with the weights of its version: the layout and the values.
+
+The layout depends only on the trajectories of a rank. A pass holds tokens of one version. A row ends after its last
+token that the pass scores; attention is causal, so later tokens change nothing. The rows of all micro-batches are
+packed together (batching.micro_batches), and a row is in one pass of a version. The layout changes the last bits of the
+values; `passes` records it, so that palimpsest/rescore.py can repeat it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from palimpsest.common.versions import UNTRAINABLE, Version
+from palimpsest.services.learner.batch.batching import PaddedBatch, Row, micro_batches, pad
+from palimpsest.services.learner.model.policy import score_batch
+from palimpsest.services.learner.proximal.types import NO_PASS, TRAINING_PASS
+
+Wanted = list[NDArray[np.bool_]]
+"""For each micro-batch [rows, tokens] bool."""
+
+
+class BatchScores:
+    """The old log-probs of a batch, completed pass by pass."""
+
+    def __init__(self, batches: Sequence[PaddedBatch], device: torch.device, *, max_tokens: int, fresh: int) -> None:
+        """Take the values that came with the rows. -inf is a value: the token's probability underflowed.
+
+        max_tokens: of a pass, padding included; fresh: see Source.
+        """
+        self._batches, self._device, self._max_tokens, self._fresh = batches, device, max_tokens, fresh
+        self.unknown: Wanted = [np.asarray(batch.mask & np.isnan(batch.old)) for batch in batches]
+        """Trainable tokens without a value."""
+        self.values = [
+            torch.from_numpy(np.where(batch.mask & ~holes, batch.old, np.float32(0))).to(device)
+            for batch, holes in zip(batches, self.unknown, strict=True)
+        ]
+        """[rows, tokens] float32, nats; 0 where there is none."""
+        self.passes = [np.full(batch.tokens.shape, NO_PASS, dtype=np.int32) for batch in batches]
+        """See Exact."""
+        self._count = 0
+
+    def of(self, version: Version) -> Wanted:
+        """Tokens of this version without a value."""
+        return [holes & (batch.versions == version) for holes, batch in zip(self.unknown, self._batches, strict=True)]
+
+    def score_resident(self, model: torch.nn.Module, wanted: Wanted) -> None:
+        """Score tokens with the weights that the training starts with.
+
+        The training passes of the fresh micro-batches have these weights, and score their tokens.
+        """
+        for place in range(self._fresh):
+            self.passes[place][wanted[place]] = TRAINING_PASS
+            self.unknown[place] &= ~wanted[place]
+        none = [np.zeros_like(own) for own in wanted[: self._fresh]]
+        self.score(model, [*none, *wanted[self._fresh :]])
+
+    @property
+    def shared(self) -> list[torch.Tensor]:
+        """Tokens whose values come from the training passes."""
+        return [torch.from_numpy(passes == TRAINING_PASS).to(self._device) for passes in self.passes]
+
+    @torch.no_grad()
+    def score(self, model: torch.nn.Module, wanted: Wanted) -> None:
+        """Score the wanted tokens with the model's weights."""
+        for rows, batch in _layout(self._batches, wanted, self._max_tokens):
+            scored = score_batch(model, batch, self._device)
+            for i, (place, index) in enumerate(rows):
+                own = np.flatnonzero(batch.mask[i])
+                chosen = torch.from_numpy(own).to(self._device)
+                self.values[place][index, chosen] = scored[i, chosen]
+                self.passes[place][index, own] = self._count
+                self.unknown[place][index, own] = False
+            self._count += 1
+
+
+def _layout(
+    batches: Sequence[PaddedBatch], wanted: Wanted, max_tokens: int
+) -> list[tuple[list[tuple[int, int]], PaddedBatch]]:
+    """Passes that score the wanted tokens: the micro-batch and index of each row, and the padded rows."""
+    cut: dict[Row, tuple[int, int]] = {}
+    for place, (batch, own) in enumerate(zip(batches, wanted, strict=True)):
+        for index in np.flatnonzero(own.any(axis=1)).tolist():
+            cut[cut_row(batch.rows[index], own[index])] = (place, index)
+    together = micro_batches(list(cut), max_tokens=max_tokens)
+    return [([cut[row] for row in rows], pad(rows)) for rows in together]
+
+
+def cut_row(row: Row, wanted: NDArray[np.bool_]) -> Row:
+    """Return the row up to its last wanted token (at least one), with only wanted tokens trainable. wanted: bool, at
+    least [tokens]."""
+    stop = int(np.flatnonzero(wanted)[-1]) + 1
+    return replace(
+        row,
+        tokens=row.tokens[:stop],
+        versions=np.where(wanted[:stop], row.versions[:stop], np.int32(UNTRAINABLE)),
+        behavior=row.behavior[:stop],
+        old=None,
+    )
