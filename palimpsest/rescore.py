@@ -12,22 +12,27 @@ interruption, prefetch) have no such layout, and are compared alone only.
 palimpsest/rescore_command.py is the command.
 """
 
-import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-import zstandard
 from minio import Minio
 from minio.credentials.providers import EnvAWSProvider
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
+
+from palimpsest.common.snapshots.frames import Hashed, RawTensor
+from palimpsest.common.snapshots.manifest import Manifest, unseal
+from palimpsest.common.snapshots.raw_file import RawFile
+from palimpsest.common.snapshots.walker import Walker
+from palimpsest.common.versions import Version
 
 UNTRAINABLE = -1
 TRAINING_PASS = -2
@@ -81,17 +86,30 @@ class Models:
             self._loaded = (version, self._load(version))
         return self._loaded[1]
 
-    def _load(self, version: int) -> Any:
-        manifest_file = self._store / "versions" / f"{version:08d}.json"
-        if not manifest_file.is_file():
+    def manifest(self, version: Version) -> Manifest:
+        """See VersionSource (common/snapshots/walker.py). Raises Lacking if the store does not hold the version."""
+        file = self._store / "versions" / f"{version:08d}.json"
+        if not file.is_file():
             raise Lacking(
                 f"version {version}, which sampled recorded tokens, is not in {self._store}: record the run with "
                 f"learner.checkpoint.every = 1 and learner.checkpoint.keep = learner.versions, or with "
                 f"learner.checkpoint.every above learner.versions; both keep all versions"
             )
-        manifest = json.loads(manifest_file.read_text())["manifest"]
-        blob = (self._store / "objects" / manifest["object"]).read_bytes()
-        tensors = {entry["name"]: decode(entry, blob) for entry in manifest["tensors"]}
+        return unseal(file.read_bytes())
+
+    @contextmanager
+    def object(self, manifest: Manifest) -> Iterator[Iterator[bytes]]:
+        """See VersionSource. Compares the digest at the end of the block."""
+        hashed = Hashed(iter([(self._store / "objects" / manifest.object).read_bytes()]))
+        yield hashed.chunks()
+        hashed.verify(manifest)
+
+    def _load(self, version: int) -> Any:
+        manifest = self.manifest(Version(version))
+        with tempfile.TemporaryDirectory() as folder:
+            raw = RawFile(Path(folder) / "weights.raw")
+            Walker(self, raw).move(manifest.version)  # along the deltas from a base
+            tensors = {tensor.name: torch_tensor(tensor) for tensor in raw.tensors(manifest)}
         with tempfile.TemporaryDirectory() as folder:
             AutoConfig.from_pretrained(self._path).save_pretrained(folder)
             save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
@@ -103,13 +121,9 @@ class Models:
         return model
 
 
-def decode(entry: dict[str, Any], blob: bytes) -> torch.Tensor:
-    """Return a stored tensor: one zstd frame with the bytes grouped by significance."""
-    dtype = getattr(torch, entry["dtype"])
-    frame = blob[entry["start"] : entry["start"] + entry["length"]]
-    planes = np.frombuffer(zstandard.ZstdDecompressor().decompress(frame), dtype=np.uint8)
-    raw = np.ascontiguousarray(planes.reshape(dtype.itemsize, -1).T)
-    return torch.from_numpy(raw.reshape(-1).copy()).view(dtype).reshape(entry["shape"])
+def torch_tensor(tensor: RawTensor) -> torch.Tensor:
+    """Return a stored tensor, copied."""
+    return torch.from_numpy(tensor.raw.copy()).view(getattr(torch, tensor.dtype)).reshape(tensor.shape)
 
 
 def in_chunks(head: Callable[[torch.Tensor], torch.Tensor], chunk: int) -> Callable[[torch.Tensor], torch.Tensor]:

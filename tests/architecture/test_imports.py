@@ -85,7 +85,7 @@ def test_checking_a_run_loads_no_heavy_library(service: str) -> None:
         ),
         ("torch.distributed", {"services/learner/distributed.py", "services/learner/torchrun.py"}),
         ("uvicorn", {"common/service.py", "common/control/connections.py"}),
-        ("zstandard", {"common/bus/kafka/batches.py", "common/snapshots/codec.py", "palimpsest/rescore.py"}),
+        ("zstandard", {"common/bus/kafka/batches.py", "common/snapshots/codec.py"}),
         (
             "minio",
             {
