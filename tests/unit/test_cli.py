@@ -47,6 +47,7 @@ def test_an_unknown_flag_is_named(name: str) -> None:
         "env": ["list"],
         "report": ["runs/a"],
         "rescore": ["runs/a"],
+        "store": ["ls", "examples/embedded.toml"],
     }
     done = run_program("palimpsest", name, *words.get(name, []), "--color-scheme=red")
     assert (done.code, done.out) == (2, "")

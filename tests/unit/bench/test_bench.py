@@ -45,7 +45,19 @@ def measured(*arguments: str) -> dict[str, Any]:
 def test_the_list_names_every_program() -> None:
     done = subprocess.run([sys.executable, "-m", "bench"], cwd=ROOT, capture_output=True, text=True, check=True)
     names = {line.split()[0] for line in done.stdout.splitlines()[1:]}
-    assert names == {"loop", "bus", "gateway", "ingest", "memory", "mismatch", "routes", "snapshots", "tail", "worlds"}
+    assert names == {
+        "loop",
+        "bus",
+        "gateway",
+        "ingest",
+        "memory",
+        "mismatch",
+        "rollout",
+        "routes",
+        "snapshots",
+        "tail",
+        "worlds",
+    }
 
 
 def assert_every_trajectory_is_counted(figures: dict[str, Any]) -> None:

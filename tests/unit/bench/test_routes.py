@@ -323,8 +323,7 @@ def test_the_benchmark_measures_bytes_and_exact_shares() -> None:
     """Times are not checked."""
     command = [
         sys.executable, "-m", "bench", "routes", "--parameters=tiny", "--tokens=24", "--versions=1", "--part", "runs",
-        "--only", "snapshot", "interruption", "ewma_prox",
-    ]  # fmt: skip
+        "--only", "snapshot", "interruption", "ewma_prox"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
