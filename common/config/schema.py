@@ -141,7 +141,7 @@ class SnapshotStoreConfig(Service):
     claims_keep_hours: PositiveFloat = 192.0
     """Retention of the bodies of long log records, in hours. Must be greater than bus.retention_hours."""
     compression: Annotated[int, Field(ge=1, le=19)] = 3
-    """zstd level for stored weights."""
+    """zstd level for weights that are stored in full; differences between versions need no level."""
     sweep_s: PositiveFloat = 2.0
     """Interval between two sweeps for versions that no lease retains, in seconds."""
 
