@@ -68,18 +68,24 @@ class Hashed:
     """The bytes of an object, hashed as they pass."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks, self._hasher = chunks, blake3()
+        self._chunks, self._hasher, self._size = chunks, blake3(), 0
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the bytes."""
         for chunk in self._chunks:
             self._hasher.update(chunk)
+            self._size += len(chunk)
             yield chunk
 
     def verify(self, manifest: Manifest) -> None:
         """Raise Damaged unless all bytes, with those that nothing has read yet, are the version's object."""
         for _ in self.chunks():
             pass
+        if self._size < manifest.object_size:
+            raise Damaged(
+                f"version {manifest.version}: the object {manifest.object[:12]} has {self._size} of "
+                f"{manifest.object_size} bytes: it is truncated"
+            )
         if (found := self._hasher.hexdigest()) != manifest.object:
             raise Damaged(
                 f"version {manifest.version}: the bytes of its object {manifest.object[:12]} have the digest "

@@ -50,6 +50,7 @@ MAY_BE_EMPTY = {
     ("Trajectories per second", "{{reason}}"): "no drop",
     ("Changes by people", "{{what}} paused"): "no change by a person",
     ("Changes by people", "{{kind}} per second"): "no change by a person",
+    ("Changes by people", "not tracked per second, {{reason}}"): "no tracking",
     ("Ends in the workers", "{{code}}"): "no fault",
     ("Dead letters", "learner, {{cause}}"): "no fault",
     ("Dead letters", "worker, {{cause}}"): "no fault",
