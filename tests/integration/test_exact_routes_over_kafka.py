@@ -1,6 +1,7 @@
 """Replicas and interruption over a real Kafka: old log-probs on the log equal those of plain transformers.
 
-The engine is scripted and slow, so trajectories are in progress while versions change.
+The engine is scripted and slow, so trajectories are in progress while versions change. While the run with replicas
+trains, Schemathesis sends requests to all its services.
 """
 
 from collections import defaultdict
@@ -12,9 +13,21 @@ import pytest
 
 from palimpsest.common.bus.kafka import Connection, KafkaBus
 from palimpsest.common.bus.offline import read_existing
+from palimpsest.common.control.access import OPERATOR_TOKEN, Role
 from palimpsest.common.messages import OLD_LOGPROBS, TRAJECTORIES, OldLogprobsComputed, SegmentFlushed, decode
+from palimpsest.control_client import ControlClient, url_in, wait_for as wait_for_change
 from palimpsest.rescore import Models, rescore
-from tests.runs.run_process import RunProcess, check_ledger, check_whole_groups, history, newest_manifest, scripted
+from tests.processes.waiting import LIMIT_S
+from tests.runs import fuzzed_requests
+from tests.runs.run_process import (
+    RunProcess,
+    check_ledger,
+    check_whole_groups,
+    history,
+    newest_manifest,
+    scripted,
+    wait_for,
+)
 from tools.backends.kafka import Kafka
 
 pytestmark = pytest.mark.servers
@@ -23,12 +36,18 @@ LAYOUTS = 5e-3
 """Nats. Largest effect of padding on a log-prob of the small bf16 model."""
 
 
-def finished(
-    kind: str, kafka: Kafka, folder: Path, model: Path, *flags: str, environment: dict[str, str] | None = None
-) -> Path:
-    """Folder of a finished run with two rollout workers, every version kept and every batch recorded."""
+def started(
+    kind: str,
+    kafka: Kafka,
+    folder: Path,
+    model: Path,
+    *flags: str,
+    tokens_per_s: float = 4.0,
+    environment: dict[str, str] | None = None,
+) -> tuple[RunProcess, Path]:
+    """A run with two rollout workers, every version kept and every batch recorded, and its folder."""
     run = RunProcess(
-        scripted(folder, model, versions=VERSIONS, tokens_per_s=4.0),
+        scripted(folder, model, versions=VERSIONS, tokens_per_s=tokens_per_s),
         "--bus.kind=kafka",
         f"--bus.servers={kafka.servers}",
         f"--run.id={kind}",
@@ -39,10 +58,29 @@ def finished(
         *flags,
         environment=environment,
     )
+    return run, folder / kind
+
+
+def finish(run: RunProcess, home: Path) -> None:
     code, output = run.finish()
     assert code == 0, output[-3000:]
-    assert not (folder / kind / "bus.sqlite").exists()
-    return folder / kind
+    assert not (home / "bus.sqlite").exists()
+
+
+def end_after_two_versions(run: RunProcess, home: Path, learner: ControlClient) -> int:
+    """Let an endless run train two more versions. Returns their number in all."""
+
+    def send(method: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        change = wait_for_change(learner, learner.send(method, path, json=body), LIMIT_S)
+        assert change["state"] == "applied", change
+        return change
+
+    before = len(history(home))
+    wait_for(lambda: len(history(home)) > before, run, name="a version after the requests")
+    last = int(send("POST", "/v1/actions/pause", {})["version"]) + 2
+    send("PATCH", "/v1/settings", {"learner.versions": last})
+    send("POST", "/v1/actions/resume", {})
+    return last
 
 
 def records(kind: str, kafka: Kafka, topic: str) -> list[Any]:
@@ -50,11 +88,11 @@ def records(kind: str, kafka: Kafka, topic: str) -> list[Any]:
         return [decode(topic, record.body) for record in read_existing(bus, topic)]
 
 
-def check(home: Path, model: Path, scores: list[Any]) -> None:
+def check(home: Path, model: Path, scores: list[Any], *, versions: int = VERSIONS) -> None:
     """Every trajectory is accounted for, and every trained token has one old log-prob, from its own weights."""
-    check_whole_groups(check_ledger(home), groups=VERSIONS * 4, samples=4)
+    check_whole_groups(check_ledger(home), groups=versions * 4, samples=4)
     lines = history(home)
-    assert len(lines) == VERSIONS
+    assert len(lines) == versions
     assert any(newest_manifest(home)["score_offsets"].values()), "without offsets a restart would read all scores again"
     for line in lines:
         assert (line["exact"], line["all"]["missing"]) == (True, 0)
@@ -71,10 +109,26 @@ def check(home: Path, model: Path, scores: list[Any]) -> None:
     assert all(len(digests) == 1 for digests in weights.values())
 
 
-def test_replicas_score_every_trained_token(tmp_path: Path, kafka_server: Kafka, starting_model: Path) -> None:
-    home = finished("replica", kafka_server, tmp_path, starting_model, "--local.replicas=2")
+def test_replicas_score_every_trained_token(
+    tmp_path: Path, kafka_server: Kafka, starting_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Schemathesis sends requests to all services while the run trains. The run has no end until they are sent."""
+    flags = ("--local.replicas=2", "--rollout.environments=gateway", "--learner.versions=100000")
+    environment = fuzzed_requests.tokens(tmp_path)
+    monkeypatch.setenv(OPERATOR_TOKEN, Role.TUNE)
+    run, home = started(
+        "replica", kafka_server, tmp_path, starting_model, *flags, tokens_per_s=1.0, environment=environment
+    )
+    try:
+        wait_for(lambda: len(history(home)) >= 1, run, name="the first version")
+        fuzzed_requests.fuzz(run, home, tmp_path)
+        with closing(ControlClient(url_in(home, "learner"))) as learner:
+            versions = end_after_two_versions(run, home, learner)
+        finish(run, home)
+    finally:
+        run.kill_everything()
     scores = records("replica", kafka_server, OLD_LOGPROBS)
-    check(home, starting_model, scores)
+    check(home, starting_model, scores, versions=versions)
     assert {score.by for score in scores} <= {"replica-0", "replica-1"}
 
 
@@ -85,7 +139,8 @@ def test_scores_survive_a_learner_that_dies_after_a_cut(
     marker = tmp_path / "died"
     environment = {"PALIMPSEST_FAULT": "learner.after_cut:3", "PALIMPSEST_FAULT_ONCE": str(marker)}
     patient = "--learner.proximal.deadline_s=600"
-    home = finished("interruption", kafka_server, tmp_path, starting_model, patient, environment=environment)
+    run, home = started("interruption", kafka_server, tmp_path, starting_model, patient, environment=environment)
+    finish(run, home)
     assert marker.exists()
     scores = records("interruption", kafka_server, OLD_LOGPROBS)
     check(home, starting_model, scores)
