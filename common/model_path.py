@@ -1,6 +1,7 @@
 """Checks of model.path that need no model to be loaded."""
 
 import json
+import os
 from pathlib import Path
 
 from palimpsest.common.user_error import UserError
@@ -17,7 +18,7 @@ def refuse_absent(path: str) -> None:
 
 
 def refuse_no_model(path: str) -> None:
-    """Raise UserError if the path does not exist (see `refuse_absent`) or exists and holds no model."""
+    """Raise UserError if the path does not exist (see `refuse_absent`) or holds no model that can be read."""
     refuse_absent(path)
     if not Path(path).exists():
         return
@@ -28,6 +29,13 @@ def refuse_no_model(path: str) -> None:
         raise UserError(f"model.path: {path} holds no model (there is no {config}): {WHOLE}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: {config} cannot be read ({error}): {WHOLE}") from None
+    # safetensors reports a file without permission as missing
+    unreadable = [file for file in sorted(Path(path).glob("*.safetensors")) if not os.access(file, os.R_OK)]
+    if unreadable:
+        raise UserError(
+            f"model.path: user {os.geteuid()} cannot read {unreadable[0]}: let every user read the files of the model "
+            f"(chmod -R a+rX), and replace links that lead nowhere"
+        )
 
 
 def refuse_no_tokenizer(path: str) -> None:

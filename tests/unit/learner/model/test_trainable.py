@@ -194,6 +194,14 @@ def test_truncated_weights_are_refused(tmp_path: Path, starting_model: Path) -> 
         load_model(str(tmp_path / "model"), CPU, "eager")
 
 
+def test_weights_that_cannot_be_read_are_named(tmp_path: Path, starting_model: Path) -> None:
+    weights = shutil.copytree(starting_model, tmp_path / "model") / "model.safetensors"
+    weights.unlink()
+    weights.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=rf"user \d+ cannot read {weights}: let every user read"):
+        load_model(str(tmp_path / "model"), CPU, "eager")
+
+
 @pytest.mark.parametrize(
     ("config", "says"), [(None, "holds no model"), ("{", "cannot be read"), ("[1, 2", "cannot be read")]
 )
