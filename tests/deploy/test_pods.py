@@ -4,9 +4,7 @@ The learner runs from the light image with the packages of this environment moun
 gigabytes of CUDA. A machine that makes no namespaces cannot run these tests: they are skipped, with the reason.
 """
 
-import shutil
 import sysconfig
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,12 +14,12 @@ import pytest
 from palimpsest.common.control.access import Role, token_line
 from palimpsest.common.user_error import ExitCode
 from tests.deploy.conftest import Rendered
-from tests.pods.cluster import NETWORK, Cluster
+from tests.pods import machine
+from tests.pods.cluster import Cluster
 from tests.pods.podman import Podman
 from tests.pods.translation import Objects
 from tests.processes import waiting
 from tests.runs.run_process import SCRIPTED
-from tools.images import light
 
 pytestmark = [pytest.mark.long, pytest.mark.servers]
 LEARNER, GATEWAY = "first-palimpsest-learner-0", "first-palimpsest-gateway"
@@ -37,19 +35,8 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def podman() -> Iterator[Podman]:
-    """Podman with the image."""
-    folder = Path(tempfile.mkdtemp(prefix="pods-"))
-    podman = Podman(folder)
-    if reason := podman.why_not():
-        pytest.skip(f"not run: {reason}")
-    light.build(folder / "light.tar")
-    podman("load", "--input", folder / "light.tar")
-    podman("network", "create", NETWORK)
-    yield podman
-    podman("rm", "--all", "--force", "--time=0", check=False)
-    podman("network", "rm", "--force", NETWORK, check=False)
-    podman("system", "reset", "--force", check=False)
-    shutil.rmtree(folder, ignore_errors=True)
+    with machine.started() as podman:
+        yield podman
 
 
 @pytest.fixture

@@ -52,6 +52,7 @@ class Cluster:
             names = [s["metadata"]["name"] for s in services if s["spec"]["selector"].items() <= labels]
             self.workloads[one["metadata"]["name"]] = Workload(one, names)
         self._number = 0
+        self._started: list[str] = []
 
     def start(self) -> None:
         """Start every pod."""
@@ -88,19 +89,25 @@ class Cluster:
         self.workloads[workload].evicted.add(container)
         self.podman("stop", container)
 
-    def run(self, workload: str, *command: str) -> str:
-        """Run a command in another container of this workload's pod. Returns its output."""
+    def remove(self) -> None:
+        """Remove every container of the release."""
+        self.podman("rm", "--force", "--time=0", *self._started)
+
+    def run(self, workload: str, *command: str, environment: Mapping[str, str] = MappingProxyType({})) -> str:
+        """Run a command in another container of this workload's pod, with these variables, too. Returns its output."""
         words = self._flags(workload, 0, f"command-{self._number}")
         position = next(at for at, word in enumerate(words) if word.startswith("--entrypoint="))
         image = words[position + 1]
         self._number += 1
         return self.podman(
-            "run", "--rm", f"--network={NETWORK}", *words[:position], f"--entrypoint={command[0]}", image, *command[1:]
-        )
+            "run", "--rm", f"--network={NETWORK}", *words[:position],
+            *(f"--env={name}={value}" for name, value in environment.items()),
+            f"--entrypoint={command[0]}", image, *command[1:],
+        )  # fmt: skip
 
     def log(self, container: str) -> str:
         """The end of the log of a container."""
-        return self.podman("logs", "--tail=15", container, check=False)
+        return self.podman.log(container, 15)
 
     def message(self, container: str) -> str:
         """The termination message that the container left."""
@@ -109,7 +116,7 @@ class Cluster:
     def tell(self) -> str:
         """What every workload did, and the ends of the logs."""
         lines = [f"{name}: {one.ends} {one.pods}" for name, one in self.workloads.items()]
-        logs = [f"== {pod}\n{self.log(pod)}" for one in self.workloads.values() for pod in one.pods.values()]
+        logs = [f"== {pod}\n{self.log(pod)}" for pod in self._started]
         return "\n".join([*lines, *logs])
 
     def _start(self, name: str, index: int) -> None:
@@ -126,6 +133,7 @@ class Cluster:
             *self._flags(name, index, container),
         )  # fmt: skip
         workload.pods[index] = container
+        self._started.append(container)
 
     def _flags(self, name: str, index: int, container: str) -> list[str]:
         template = self.workloads[name].document["spec"]["template"]

@@ -29,7 +29,7 @@ class Podman:
             [self._programs / "usr/bin/podman", *words], env=self._environment(), capture_output=True, text=True,
             check=False,
         )  # fmt: skip
-        assert not check or done.returncode == 0, f"podman {' '.join(map(str, words))}: {done.stderr}"
+        assert not check or done.returncode == 0, f"podman: {done.stderr}\nof: {' '.join(map(str, words))}"
         return done.stdout.strip()
 
     def why_not(self) -> str:
@@ -46,6 +46,14 @@ class Podman:
         """The section `State` of a container."""
         found: dict[str, Any] = json.loads(self("container", "inspect", container))[0]["State"]
         return found
+
+    def log(self, container: str, lines: int) -> str:
+        """The last lines that a container wrote, on both streams."""
+        command = [self._programs / "usr/bin/podman", "logs", f"--tail={lines}", container]
+        done = subprocess.run(
+            command, env=self._environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+        return done.stdout.strip()
 
     def address(self, container: str) -> str:
         """IP address of a container."""
