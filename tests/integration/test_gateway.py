@@ -254,7 +254,7 @@ def test_a_port_in_use_is_reported_with_its_key(launch: Launch) -> None:
             "--env_gateway.plugins={ mine = 'awkward:NoFinalize' }",
             "env_gateway.plugins.mine: awkward:NoFinalize cannot",
         ),
-        ("--env_gateway.plugins={ hop = 'awkward:Counts' }", "env_gateway.plugins.hop: an environment of this name"),
+        ("--env_gateway.plugins={ hop = 'awkward:Counts' }", "env_gateway.plugins.hop: there is an environment"),
         ("--tasks.environments={ lokup = 1.0 }", "tasks.environments: the gateway has no environment 'lokup'; did you"),
     ],
 )
@@ -311,7 +311,7 @@ async def test_a_gateway_killed_while_it_loads_a_module_leaves_no_process(launch
 
 async def test_the_example_environment_of_the_documentation_works(launch: Launch, tmp_path: Path) -> None:
     page = (ROOT / "docs" / "gateway.md").read_text()
-    (source,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (source,) = re.findall(r"```python\n(\"\"\"guess.py: .*?)```", page, re.DOTALL)
     (table,) = re.findall(r"```toml\n\[env_gateway\]\nplugins = (.*?)\n```", page, re.DOTALL)
     (tmp_path / "guess.py").write_text(source)
     gateway = answering(launch, f"--env_gateway.plugins={table}")

@@ -1,6 +1,7 @@
 """A gateway in its own process, and functions that act on it."""
 
 import asyncio
+import json
 import os
 import re
 import socket
@@ -112,7 +113,10 @@ def refusal(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 class LosesAnswers:
-    """A proxy that forwards every request and loses the first answer to every third one."""
+    """A proxy that forwards every request and loses the first answer to every third one.
+
+    lost: lost answers to `create` requests, and to steps: a lost batch counts with each of its steps.
+    """
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -127,7 +131,7 @@ class LosesAnswers:
                 answer = await self._message(upstream_reader)
                 self._seen[request] += 1
                 if self._seen[request] == 1 and zlib.crc32(request) % 3 == 0:
-                    self.lost["step" if b"/step " in request.partition(b"\r\n")[0] else "create"] += 1
+                    self._count(request)
                     return
                 writer.write(answer)
         finally:
@@ -139,8 +143,18 @@ class LosesAnswers:
             head = await reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError:
             return b""
+        if b"transfer-encoding: chunked" in head.lower():
+            return head + await reader.readuntil(b"\r\n0\r\n\r\n")
         length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
         return head + await reader.readexactly(int(length[1]) if length else 0)
+
+    def _count(self, request: bytes) -> None:
+        head, _, body = request.partition(b"\r\n\r\n")
+        line = head.partition(b"\r\n")[0]
+        if b"/v1/steps " in line:
+            self.lost["step"] += len(json.loads(body)["steps"])
+        else:
+            self.lost["step" if b"/step " in line else "create"] += 1
 
 
 async def until(holds: Callable[[], bool]) -> None:
