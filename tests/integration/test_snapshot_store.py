@@ -146,14 +146,8 @@ def test_without_the_digest_check_damaged_weights_are_returned(
     tensors = [a_tensor("w", "uint8", (4096,), seed=1)]
     manifest = put(client, 5, tensors)
     flip(store.folder / "objects" / manifest.object, 2000)
-
-    class Blind:
-        def __init__(self, _raw: object) -> None: ...
-
-        def hexdigest(self) -> str:
-            return manifest.tensors[0].digest
-
-    monkeypatch.setattr(frames, "blake3", Blind)
+    monkeypatch.setattr(frames, "verify", lambda *_: None)  # of each tensor
+    monkeypatch.setattr(frames.Hashed, "verify", lambda *_: None)  # of the object
     assert plain(fetched(client, 5)) != plain(tensors)
 
 

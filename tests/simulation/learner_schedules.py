@@ -116,8 +116,9 @@ class LearnerSchedule(Schedule):
                 one.ended.result()
             else:
                 self.replaced[one.writer] = stored(self.home, one.writer)
-                self.loop.call_later(self.random.uniform(10.0, 150.0), one.wake)
             await asyncio.sleep(self.delay_s(20.0))
+            if not one.ended.done():  # it wakes after its successor has begun
+                self.loop.call_later(self.random.uniform(10.0, 150.0), one.wake)
         await asyncio.gather(*ended)
         self.over = True
         for worker in self.at_work:
