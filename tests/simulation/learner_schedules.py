@@ -237,6 +237,17 @@ class Log(MemoryBus):
         return positions
 
 
+class NoWatch:
+    """Replaces the page's watch of the workers, whose thread is not simulated."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+    def start(self) -> None:
+        """See WorkerWatch."""
+
+    def close(self) -> None:
+        """See WorkerWatch."""
+
+
 class NoServer(Starting):
     """Replaces the learner's HTTP server; no client needs it."""
 
@@ -277,6 +288,7 @@ def simulated(schedule: LearnerSchedule) -> Iterator[None]:
     clock = SimpleNamespace(monotonic=schedule.loop.time, time=schedule.loop.time)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(leading, "open_bus", lambda _: Log(schedule.alive[process_name.get()]))
+        patch.setattr(leading, "WorkerWatch", NoWatch)
         patch.setattr(looping, "time", clock)
         patch.setattr(looping, "POLL_S", 2.0)
         patch.setattr(trajectory_reader, "time", clock)

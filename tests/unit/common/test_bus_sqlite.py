@@ -2,9 +2,11 @@
 
 import errno
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,7 +137,7 @@ def test_a_new_log_waits_for_another_process_that_creates_it(tmp_path: Path, mon
         if len(pauses) == 3:
             other.execute("COMMIT")
 
-    monkeypatch.setattr(sqlite.time, "sleep", pause)
+    monkeypatch.setattr(sqlite, "time", SimpleNamespace(monotonic=time.monotonic, sleep=pause))
     SqliteBus(tmp_path / "bus.sqlite").close()
     assert len(pauses) == 3
     other.close()
