@@ -128,10 +128,10 @@ def _case(rate: float, options: argparse.Namespace) -> dict[str, Any]:
                         gradient.normal_(std=1e-3, generator=tokens)
                 policy.step()
             trained = time.perf_counter()
-            versions.publish(Version(version), model)
+            published_s = versions.publish(Version(version), model)
             if version:
                 steps.append(trained - began)
-                publishes.append(time.perf_counter() - trained)
+                publishes.append(published_s)
         hops = versions.hops(_model(options))
     raw = versions.raw_bytes
     as_built = _as_built(versions.last, model)
@@ -178,12 +178,14 @@ class _Published:
         self.last: list[RawTensor] = []
         self._newest = Version(0)
 
-    def publish(self, version: Version, model: torch.nn.Module) -> None:
-        """Store the model's weights; see Publisher."""
+    def publish(self, version: Version, model: torch.nn.Module) -> float:
+        """Store the model's weights; see Publisher. Returns the seconds, without those of the counts."""
+        began = time.perf_counter()
         weights = [replace(tensor, raw=tensor.raw.copy()) for tensor in raw_tensors(named_weights(model))]
         parent = self._parent
         manifest = self._store.put("bench", version, weights, (), writer=self._writer.epoch, parent=parent)
         cost = (parent.cost if parent else ChainCost(manifest.object_size)).after(manifest)
+        seconds = time.perf_counter() - began
         self.raw_bytes = sum(len(tensor.raw) for tensor in weights)
         self.stored += manifest.object_size + len(seal(manifest))
         self.bases += manifest.parent is None
@@ -191,6 +193,7 @@ class _Published:
         own = {tensor.name: tensor.raw for tensor in weights}
         self._parent = ParentWeights(Parent(version, manifest.digest), own, cost)
         self.last, self._newest = weights, version
+        return seconds
 
     def _count(self, weights: list[RawTensor], parent: ParentWeights | None, *, delta: int | None) -> None:
         """Count the changed weights, and time the encoding again on one thread for the first versions."""
