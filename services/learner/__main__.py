@@ -67,7 +67,12 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     kept = config.snapshot_store
     with SnapshotClient(config.store_url, compression=kept.compression, ca_file=kept.ca_file) as store:
         state = build_training_state(
-            config.learner, policy, store, ranks.device, on_load=lambda _: instruments.SNAPSHOT_LOADS.inc()
+            config.learner,
+            policy,
+            store,
+            ranks.device,
+            on_load=lambda _: instruments.SNAPSHOT_LOADS.inc(),
+            ranks=ranks,
         )
         trainer = Trainer(
             policy,

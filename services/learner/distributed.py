@@ -1,6 +1,7 @@
 """The processes of the learner: a single one, or several under torchrun.
 
-Every rank holds a full copy of the model and a share of each batch; gradients are summed. Only rank 0 uses the log.
+Every rank holds a full copy of the model, or a shard of it, and a share of each batch; gradients are summed. Only rank
+0 uses the log.
 """
 
 import datetime
@@ -23,7 +24,9 @@ torchrun ends all ranks when one dies."""
 class ProcessGroup:
     """The ranks of the learner, and the rank and device of this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, equal_passes: bool = False) -> None:
+        """equal_passes: whether all ranks must make equally many passes, because each pass needs all of them."""
+        self.equal_passes = equal_passes
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         on_gpu = torch.cuda.is_available()
@@ -70,6 +73,11 @@ class ProcessGroup:
         boxes: list[T | None] = [None] * self.size
         dist.all_gather_object(boxes, value)
         return [box for box in boxes if box is not None]
+
+    def passes_of_all(self, own: int) -> int:
+        """Return the number of passes that this rank has to make: its own, or the largest of any rank if all ranks must
+        make equally many. Then all ranks must call it."""
+        return max(self.all_gather_object(own)) if self.equal_passes else own
 
     def close(self) -> None:
         """Leave the group."""

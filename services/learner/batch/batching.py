@@ -63,6 +63,11 @@ class PaddedBatch:
     """Device -> tensors of this batch there (model/device_batch.py). A batch made by `replace` starts without any."""
 
     @property
+    def is_empty(self) -> bool:
+        """Whether it is `empty_batch()`."""
+        return self.rows == (_NO_ROW,)
+
+    @property
     def mask(self) -> NDArray[np.bool_]:
         """True at trainable tokens, [rows, length of the longest row]."""
         covered: NDArray[np.bool_] = self.versions != UNTRAINABLE
@@ -122,6 +127,14 @@ def pad(rows: Sequence[Row]) -> PaddedBatch:
     )
 
 
+def empty_batch() -> PaddedBatch:
+    """Return a batch without a trainable token: a pass over it contributes nothing.
+
+    A rank makes such passes where other ranks have more rows and all ranks must make equally many passes.
+    """
+    return pad([_NO_ROW])
+
+
 def versions_present(rows: Sequence[Row]) -> list[Version]:
     """Versions that sampled at least one token of the rows, ascending."""
     present = np.unique(np.concatenate([row.versions for row in rows])) if rows else np.array([], dtype=np.int32)
@@ -132,3 +145,15 @@ def partition_by_rank(rows: Sequence[Row], ranks: int) -> list[list[Row]]:
     """Split rows into one share for each rank: sort by length, longest first, and deal them in turn."""
     ordered = sorted(rows, key=lambda row: (-len(row.tokens), row.trajectory))
     return [ordered[rank::ranks] for rank in range(ranks)]
+
+
+_NO_ROW = Row(
+    trajectory="",
+    tokens=np.zeros(2, dtype=np.int32),
+    versions=np.full(2, UNTRAINABLE, dtype=np.int32),
+    behavior=np.zeros(2, dtype=np.float32),
+    temperature=1.0,
+    advantage=0.0,
+    reward=0.0,
+    success=False,
+)

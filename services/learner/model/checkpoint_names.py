@@ -14,7 +14,9 @@ from torch import Tensor
 
 from palimpsest.common.user_error import UserError
 
-_parts: WeakKeyDictionary[torch.nn.Module, dict[str, str | tuple[str, ...]]] = WeakKeyDictionary()
+PartNames = str | tuple[str, ...]
+"""The checkpoint's name of a tensor of the model, or those of its parts: for all experts one chunk after another."""
+_parts: WeakKeyDictionary[torch.nn.Module, dict[str, PartNames]] = WeakKeyDictionary()
 """Model -> own name -> checkpoint name of the tensor, or names of its parts. They follow from the architecture, so each
 is found once."""
 
@@ -25,11 +27,16 @@ def checkpoint_tensors(model: torch.nn.Module, weights: dict[str, Tensor]) -> di
     weights: the tensors by the model's own names. A write to a view changes the model. Raises UserError if
     transformers names a form that no view can give.
     """
+    parts = part_names(model, weights)
+    return {part: view for name, tensor in weights.items() for part, view in part_views(parts[name], tensor)}
+
+
+def part_names(model: torch.nn.Module, weights: dict[str, Tensor]) -> dict[str, PartNames]:
+    """Return the checkpoint's names for each of the model's tensors: own name -> names. See `checkpoint_tensors`."""
     if model not in _parts:
         convert = _converts(model)
         _parts[model] = {name: _part_names(model, name, each) if convert else name for name, each in weights.items()}
-    parts = _parts[model]
-    return {part: view for name, tensor in weights.items() for part, view in _views(parts[name], tensor)}
+    return _parts[model]
 
 
 def _converts(model: torch.nn.Module) -> bool:
@@ -41,7 +48,7 @@ def _converts(model: torch.nn.Module) -> bool:
     return bool(get_model_conversion_mapping(model, add_legacy=False) if known is None else known)
 
 
-def _views(names: str | Sequence[str], tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+def part_views(names: PartNames, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield each part of a tensor: the tensor, or for all experts one chunk after another."""
     if isinstance(names, str):
         yield names, tensor
@@ -51,7 +58,7 @@ def _views(names: str | Sequence[str], tensor: Tensor) -> Iterator[tuple[str, Te
         yield name, tensor[i % experts].chunk(len(names) // experts)[i // experts]
 
 
-def _part_names(model: torch.nn.Module, name: str, tensor: Tensor) -> str | tuple[str, ...]:
+def _part_names(model: torch.nn.Module, name: str, tensor: Tensor) -> PartNames:
     """The checkpoint's name of one tensor, or the names of its parts.
 
     transformers converts a tensor without memory, which gives them.

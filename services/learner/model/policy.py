@@ -16,6 +16,7 @@ from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.model.device_batch import on_device
 from palimpsest.services.learner.model.logprobs import Positions, checkpointed_logprobs, chunked_logprobs
 from palimpsest.services.learner.model.output_head import PROBE_TOKENS, LinearHead, decoder_of, find_head
+from palimpsest.services.learner.sharding.sharded_model import ShardedModel
 
 CHUNK_ATTRIBUTE = "logprob_chunk_tokens"
 """Attribute of a model: learner.logprob_chunk_tokens. Copies of the model have it too."""
@@ -122,6 +123,11 @@ def _score(
     model: torch.nn.Module, tokens: Tensor, temperatures: Tensor, wanted: Tensor | None, *, entropy: bool
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (0 unless `entropy`), [rows, length]."""
+    if isinstance(model, ShardedModel):
+        sharded: tuple[Tensor, Tensor] = model(
+            lambda causal: _score(causal, tokens, temperatures, wanted, entropy=entropy)
+        )
+        return sharded
     chunk: int = getattr(model, CHUNK_ATTRIBUTE, LOGPROB_CHUNK_TOKENS)
     positions = _positions(tokens, temperatures, wanted)
     head = find_head(model)

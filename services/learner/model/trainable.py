@@ -4,12 +4,14 @@ After each optimizer step the masters are cast to bf16 into the model. The engin
 policy that samples a token and the old policy that scores the token have the same weights.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from palimpsest.common.config.learner import OptimizerConfig
+from palimpsest.services.learner.distributed import ProcessGroup
 
 
 class TrainablePolicy:
@@ -25,15 +27,7 @@ class TrainablePolicy:
         for computing, master in zip(self._computing, self.masters, strict=True):
             master.grad = torch.zeros_like(master)
             computing.register_post_accumulate_grad_hook(_collector(master))  # type: ignore[no-untyped-call]
-        decayed = [m for m in self.masters if m.ndim >= 2]
-        plain = [m for m in self.masters if m.ndim < 2]  # weight decay skips norms and biases
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.epsilon,
-            foreach=True,
-        )
+        self.optimizer = adamw(self.masters, config)
         self.steps = 0
         """Number of optimizer steps taken; skipped steps do not count."""
 
@@ -45,13 +39,24 @@ class TrainablePolicy:
         """Return the accumulated float32 gradients, to be summed over ranks."""
         return [m.grad for m in self.masters if m.grad is not None]
 
+    def sum_gradients(self, ranks: ProcessGroup) -> None:
+        """Replace the gradients by their sums over the ranks. All ranks must call it."""
+        ranks.all_reduce_sum(self.gradients())
+
+    def discard_gradients(self) -> None:
+        """Set all gradients to zero. Weights, moments, schedule and step count do not change."""
+        for parameter in self._computing:
+            parameter.grad = None  # of a pass that failed before its gradient was moved to the master
+        for gradient in self.gradients():
+            gradient.zero_()
+
     def step(self, *, lr_factor: float = 1.0) -> float:
         """Clip the gradients, take an optimizer step, update the model, reset the gradients. Return the norm.
 
         The norm is the one before clipping. If the norm is not finite, the step is skipped and not counted.
         lr_factor: multiplies the learning rate of this step only.
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, self._config.max_grad_norm))
+        norm = self._clip()
         if norm == norm and norm != float("inf"):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate * lr_factor
@@ -104,10 +109,26 @@ class TrainablePolicy:
         self.steps = steps
         self._publish()
 
+    def _clip(self) -> float:
+        return float(torch.nn.utils.clip_grad_norm_(self.masters, self._config.max_grad_norm))
+
     @torch.no_grad()
     def _publish(self) -> None:
         for computing, master in zip(self._computing, self.masters, strict=True):
             computing.copy_(master)
+
+
+def adamw(masters: Sequence[Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
+    """Return the optimizer of float32 masters. Weight decay skips norms and biases."""
+    decayed = [m for m in masters if m.ndim >= 2]
+    plain = [m for m in masters if m.ndim < 2]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        foreach=True,
+    )
 
 
 def _collector(master: Tensor) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from palimpsest.common.arrays import Float32Array
-from palimpsest.services.learner.batch.batching import PaddedBatch
+from palimpsest.services.learner.batch.batching import PaddedBatch, empty_batch
 from palimpsest.services.learner.distributed import NOTHING, ProcessGroup
 from palimpsest.services.learner.model.failing_rows import tolerant
 from palimpsest.services.learner.model.policy import score_batch
@@ -69,5 +69,11 @@ def model_scorer(model: torch.nn.Module, device: torch.device) -> Pass:
 
 def _share(ranks: ProcessGroup, batches: Sequence[PaddedBatch], forward: Pass) -> list[list[Float32Array]]:
     """Every rank's share of the values, in rank order."""
-    score = tolerant(forward)  # a row that fails leaves this rank in step with the others
-    return ranks.all_gather_object([score(batch) for batch in batches[ranks.rank :: ranks.size]])
+    own = batches[ranks.rank :: ranks.size]
+    if not ranks.equal_passes:
+        score = tolerant(forward)  # a row that fails leaves this rank in step with the others
+        return ranks.all_gather_object([score(batch) for batch in own])
+    values = [forward(batch) for batch in own]
+    if len(own) < -(-len(batches) // ranks.size):
+        forward(empty_batch())
+    return ranks.all_gather_object(values)

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from palimpsest.common.versions import UNTRAINABLE, Version
-from palimpsest.services.learner.batch.batching import PaddedBatch, Row, micro_batches, pad
+from palimpsest.services.learner.batch.batching import PaddedBatch, Row, empty_batch, micro_batches, pad
+from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.policy import score_batch
 from palimpsest.services.learner.proximal.types import NO_PASS, TRAINING_PASS
 
@@ -25,12 +26,21 @@ Wanted = list[NDArray[np.bool_]]
 class BatchScores:
     """The old log-probs of a batch, completed pass by pass."""
 
-    def __init__(self, batches: Sequence[PaddedBatch], device: torch.device, *, max_tokens: int, fresh: int) -> None:
+    def __init__(
+        self,
+        batches: Sequence[PaddedBatch],
+        device: torch.device,
+        *,
+        max_tokens: int,
+        fresh: int,
+        ranks: ProcessGroup | None = None,
+    ) -> None:
         """Take the values that came with the rows. -inf is a value: the token's probability underflowed.
 
-        max_tokens: of a pass, padding included; fresh: see Source.
+        max_tokens: of a pass, padding included; fresh: see Source; ranks: None if this process is alone.
         """
         self._batches, self._device, self._max_tokens, self._fresh = batches, device, max_tokens, fresh
+        self._ranks = ranks
         self.unknown: Wanted = [np.asarray(batch.mask & np.isnan(batch.old)) for batch in batches]
         """Trainable tokens without a value."""
         self.values = [
@@ -64,8 +74,11 @@ class BatchScores:
 
     @torch.no_grad()
     def score(self, model: torch.nn.Module, wanted: Wanted) -> None:
-        """Score the wanted tokens with the model's weights."""
-        for rows, batch in _layout(self._batches, wanted, self._max_tokens):
+        """Score the wanted tokens with the model's weights. If all ranks must make equally many passes, they all must
+        call it."""
+        layout = _layout(self._batches, wanted, self._max_tokens)
+        missing = 0 if self._ranks is None else self._ranks.passes_of_all(len(layout)) - len(layout)
+        for rows, batch in layout:
             scored = score_batch(model, batch, self._device)
             for i, (place, index) in enumerate(rows):
                 own = np.flatnonzero(batch.mask[i])
@@ -74,6 +87,8 @@ class BatchScores:
                 self.passes[place][index, own] = self._count
                 self.unknown[place][index, own] = False
             self._count += 1
+        for _ in range(missing):
+            score_batch(model, empty_batch(), self._device)
 
 
 def _layout(

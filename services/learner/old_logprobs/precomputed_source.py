@@ -13,6 +13,7 @@ import torch
 from palimpsest.common.config.proximal import MissingPolicy
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import PaddedBatch
+from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason, complete
 from palimpsest.services.learner.old_logprobs.passes import BatchScores
 from palimpsest.services.learner.proximal.types import Exact, Patched
@@ -30,13 +31,14 @@ class PrecomputedSource:
         missing: MissingPolicy,
         why: MissingReason,
         misses: MissingCounter,
+        ranks: ProcessGroup | None = None,
     ) -> None:
         """max_tokens: of a pass, padding included; missing: policy for tokens without a value; why: reason that is
-        reported for them."""
-        self._model, self._device, self._max_tokens = model, device, max_tokens
+        reported for them; ranks: None if this process is alone."""
+        self._model, self._ranks, self._device, self._max_tokens = model, ranks, device, max_tokens
         self._missing, self._why, self._misses = missing, why, misses
 
     def proximal(self, batches: Sequence[PaddedBatch], now: Version, fresh: int = 0) -> Exact | Patched:
         """See Source. Raises UserError if a value is missing and the policy is `fail`."""
-        scores = BatchScores(batches, self._device, max_tokens=self._max_tokens, fresh=fresh)
+        scores = BatchScores(batches, self._device, max_tokens=self._max_tokens, fresh=fresh, ranks=self._ranks)
         return complete(scores, batches, now, self._model, policy=self._missing, why=self._why, misses=self._misses)

@@ -18,6 +18,7 @@ from palimpsest.common.snapshots.chain import order
 from palimpsest.common.snapshots.client import SnapshotClient, VersionMissing
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import PaddedBatch, versions_present
+from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason, complete
 from palimpsest.services.learner.old_logprobs.passes import BatchScores
 from palimpsest.services.learner.old_logprobs.versioned_model import VersionedModel
@@ -37,10 +38,12 @@ class SnapshotSource:
         loaded: Callable[[Version], None],
         missing: MissingPolicy = "fail",
         misses: MissingCounter | None = None,
+        ranks: ProcessGroup | None = None,
     ) -> None:
         """max_tokens: of a pass, padding included; loaded: called with each version that is loaded from the store;
-        missing: policy for versions that the store does not hold."""
+        missing: policy for versions that the store does not hold; ranks: None if this process is alone."""
         self._model, self._store, self._device, self._max_tokens = model, store, device, max_tokens
+        self._ranks = ranks
         self._shadow: VersionedModel | None = None
         self._loaded = loaded
         self._missing: MissingPolicy = missing
@@ -51,10 +54,12 @@ class SnapshotSource:
 
         Raises UserError if a snapshot is damaged, or if a version is missing and the policy is `fail`.
         """
-        scores = BatchScores(batches, self._device, max_tokens=self._max_tokens, fresh=fresh)
+        scores = BatchScores(batches, self._device, max_tokens=self._max_tokens, fresh=fresh, ranks=self._ranks)
         held = self._shadow.version if self._shadow else None
         present = versions_present([row for batch in batches for row in batch.rows])
         older = [version for version in present if version != now and any(own.any() for own in scores.of(version))]
+        if self._ranks is not None and self._ranks.equal_passes:
+            older = sorted({version for part in self._ranks.all_gather_object(older) for version in part})
         for version in order(held, older):
             try:
                 model = self._model_at(version)

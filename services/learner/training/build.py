@@ -12,6 +12,7 @@ from palimpsest.common.config.proximal import InterruptionProximal, MissingPolic
 from palimpsest.common.logs import logger
 from palimpsest.common.snapshots.client import SnapshotClient, VersionMissing
 from palimpsest.common.versions import Version
+from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.critic import Critic, critic_optimizer
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason
@@ -33,6 +34,7 @@ class _Parts:
     on_load: Callable[[Version], None]
     max_tokens: int
     """Of a pass, padding included."""
+    ranks: ProcessGroup | None
 
 
 def build_training_state(
@@ -42,12 +44,13 @@ def build_training_state(
     device: torch.device,
     *,
     on_load: Callable[[Version], None],
+    ranks: ProcessGroup | None = None,
 ) -> TrainingState:
     """Return the state at the start of a run. `TrainingState.restore` then loads a checkpoint.
 
-    on_load: called with each version that a source loads from the store.
+    on_load: called with each version that a source loads from the store; ranks: None if this process is alone.
     """
-    parts = _Parts(policy, store, device, on_load, config.micro_batch_tokens)
+    parts = _Parts(policy, store, device, on_load, config.micro_batch_tokens, ranks)
     missed = MissingCounter()
     gae = config.advantages.kind == "gae"
     return TrainingState(
@@ -86,6 +89,7 @@ def _build_source(config: LearnerConfig, parts: _Parts, missed: MissingCounter) 
         missing=proximal.missing,
         why=reason,
         misses=missed,
+        ranks=parts.ranks,
     )
 
 
@@ -113,4 +117,5 @@ def _snapshot_source(
         loaded=parts.on_load,
         missing=missing,
         misses=misses,
+        ranks=parts.ranks,
     )

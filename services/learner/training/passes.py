@@ -91,10 +91,9 @@ class Passes:
 
     def discard(self) -> None:
         """Set all gradients to zero. Weights, moments, schedule and step count do not change."""
-        for parameter in self._policy.model.parameters():
-            parameter.grad = None  # of a pass that failed before its gradient was moved to the master
-        for gradient in self._gradients():
-            gradient.zero_()
+        self._policy.discard_gradients()
+        if self._state.critic is not None:
+            self._state.critic.trainable.discard_gradients()
 
     def _attempt(
         self,
@@ -109,7 +108,8 @@ class Passes:
     ) -> tuple[list[MicroBatchPass], Exception | None]:
         """Return the passes, and the error of a row or NotFinite if they failed. look: whether to look for NotFinite.
 
-        With VCPO's baseline rows are taken out one by one, because the ranks meet after each group.
+        With VCPO's baseline rows are taken out one by one, because the ranks meet after each group. Raises every error
+        if the guard is inactive.
         """
         if self._config.vcpo.baseline:
             return self._passes_with_baseline(version, places, groups, denominators, bounds, sums), None
@@ -119,10 +119,10 @@ class Passes:
                 passes.append(self._pass(version, place, denominators, bounds, sums))
                 self._train_critic(version, place, denominators)
         except Exception as error:
-            if not may_be_of_row(error):
+            if not self._guard.active or not may_be_of_row(error):
                 raise
             return [], error
-        return passes, self._not_finite() if look else None
+        return passes, self._not_finite() if look and self._guard.active else None
 
     def _take_out(
         self,

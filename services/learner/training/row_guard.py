@@ -2,6 +2,9 @@
 
 Each rank decides about its own rows and keeps the shape of its micro-batches, so the ranks stay in step in their
 collective operations. The results of all ranks are merged, so all know which rows failed.
+
+If each pass needs all ranks (sharding), a rank cannot repeat its own passes: the guard is then inactive, and an error
+ends the learner.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,8 +24,8 @@ Score = Callable[[torch.nn.Module, PaddedBatch, torch.device], T]
 class RowGuard:
     """Calls steps of the training again without the rows on which they fail."""
 
-    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
-        self._model, self._device = model, device
+    def __init__(self, model: torch.nn.Module, device: torch.device, *, active: bool = True) -> None:
+        self._model, self._device, self.active = model, device, active
         self._rejected: dict[str, str] = {}
 
     def call(self, step: Callable[[], T], batches: list[PaddedBatch], places: Iterable[int] | None = None) -> T:
@@ -30,8 +33,10 @@ class RowGuard:
         it once.
 
         The step must not have changed any state when it fails on a row, and must read `batches` again. Raises its error
-        if that belongs to no row.
+        if that belongs to no row, or if the guard is inactive.
         """
+        if not self.active:
+            return step()
         try:
             return step()
         except Exception as error:

@@ -11,7 +11,14 @@ import torch
 
 from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import PaddedBatch, Row, micro_batches, pad, partition_by_rank
+from palimpsest.services.learner.batch.batching import (
+    PaddedBatch,
+    Row,
+    empty_batch,
+    micro_batches,
+    pad,
+    partition_by_rank,
+)
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.losses.entropy import phase_weight
 from palimpsest.services.learner.losses.objective import Objective
@@ -52,7 +59,7 @@ class Trainer:
         self._length, self._seed = length, seed
         self._objective = Objective(config, length=length)
         self._device = next(policy.model.parameters()).device
-        self._guard = RowGuard(policy.model, self._device)
+        self._guard = RowGuard(policy.model, self._device, active=not ranks.equal_passes)
         self._passes = self._make_passes()
 
     def configure(self, config: LearnerConfig) -> None:
@@ -99,7 +106,9 @@ class Trainer:
             loss_before = sums.loss
             with timer.of("passes"):
                 passed = self._passes.run(version, places, minibatch, sums)
-            results += [one.result(first=number == 0, ranks=self._ranks) for one in passed.passes]
+            results += [
+                one.result(first=number == 0, ranks=self._ranks) for one in passed.passes if not one.batch.is_empty
+            ]
             if number == 0:
                 with timer.of("cut"):
                     before_first_step()
@@ -137,11 +146,16 @@ class Trainer:
 
     def _micro_batches(self, minibatch: Sequence[Row]) -> list[PaddedBatch]:
         """This rank's share of a minibatch."""
-        share = partition_by_rank(minibatch, self._ranks.size)[self._ranks.rank]
+        shares = partition_by_rank(minibatch, self._ranks.size)
+        share = shares[self._ranks.rank]
         if self._config.vcpo.baseline:  # one trajectory for each pass, group after group
             share = sorted(share, key=lambda row: (row.group, len(row.tokens), row.trajectory))
             return [pad([row]) for row in share]
-        return [pad(rows) for rows in micro_batches(share, max_tokens=self._config.micro_batch_tokens)]
+        own = micro_batches(share, max_tokens=self._config.micro_batch_tokens)
+        passes = len(own)
+        if self._ranks.equal_passes:
+            passes = max(len(micro_batches(each, max_tokens=self._config.micro_batch_tokens)) for each in shares)
+        return [pad(rows) for rows in own] + [empty_batch() for _ in range(passes - len(own))]
 
     def _fresh(self, minibatches: Sequence[Sequence[PaddedBatch]]) -> int:
         """Number of leading micro-batches whose training passes have the weights that the version starts with.
@@ -172,7 +186,7 @@ class Trainer:
             factor = lr_factor(share, config.base, POWERS[config.lr_scaling])
         sums.lr_factors.append(factor)
         if not config.baseline:  # the baseline has summed them over the ranks
-            self._ranks.all_reduce_sum(self._policy.gradients())
+            self._policy.sum_gradients(self._ranks)
         sums.norms.append(self._policy.step(lr_factor=factor))
         if self._state.critic is not None:
             self._ranks.all_reduce_sum(self._state.critic.gradients())

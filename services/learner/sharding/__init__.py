@@ -1,0 +1,1 @@
+"""Training with a model that is split over the ranks (FSDP2)."""

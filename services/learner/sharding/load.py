@@ -1,0 +1,157 @@
+"""Build a sharded model. Each rank reads only its own shards of the weights from the safetensors files.
+
+The model is first built without memory for its parameters (device "meta"), then split, and only then the shards get
+memory. Its buffers, which no checkpoint holds, are computed as usual.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from palimpsest.common.model_limits import refuse_attention
+from palimpsest.common.model_path import WHOLE, refuse_no_model, sentence
+from palimpsest.common.user_error import UserError
+from palimpsest.services.learner.model.checkpoint_names import PartNames, part_names
+from palimpsest.services.learner.sharding.local_shards import local_parts
+from palimpsest.services.learner.sharding.sharded_model import ShardedModel, shard
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+COMPUTES = torch.bfloat16
+"""Type of the weights in a pass, and of the published weights."""
+
+
+class ModelFiles:
+    """How to build a sharded copy of the model in a folder or of a hub id."""
+
+    def __init__(self, path: str, attention: str, mesh: DeviceMesh, device: torch.device) -> None:
+        """Raises UserError if it cannot be sharded."""
+        refuse_no_model(path)
+        self._path, self._attention, self._mesh, self._device = path, attention, mesh, device
+        self._files = _tensor_files(path)
+        self.names: dict[str, PartNames] = {}
+        """The model's own name of each weight -> its names in the checkpoint; complete after the first `build`."""
+
+    def build(self, *, holds: torch.dtype, trains: bool) -> ShardedModel:
+        """Return the starting model. holds: type of the shards. trains: whether the weights get gradients.
+
+        All ranks must call it. Raises UserError.
+        """
+        with _parameters_on_meta():
+            causal = self._empty()
+        parameters = dict(causal.named_parameters())
+        if other := sorted({str(parameter.dtype) for parameter in parameters.values()} - {str(COMPUTES)}):
+            raise UserError(
+                f"learner.sharding: {self._path} keeps weights of type {', '.join(other)}, and a sharded model has "
+                f'one type; set learner.sharding = "none"'
+            )
+        self.names = part_names(causal, {name: parameter.detach() for name, parameter in parameters.items()})
+        for parameter in parameters.values():
+            parameter.data = parameter.data.to(holds)
+            parameter.requires_grad_(trains)
+        model = shard(causal.eval(), self._mesh, computes=COMPUTES)
+        _give_memory(model, self._device)
+        self._read(model)
+        return model
+
+    def _empty(self) -> nn.Module:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        try:
+            config = AutoConfig.from_pretrained(self._path)
+            causal: nn.Module = AutoModelForCausalLM.from_config(
+                config, dtype=COMPUTES, attn_implementation=self._attention
+            )
+        except Exception as error:
+            raise UserError(
+                f"model.path: {self._path} is not a causal language model that can be loaded ({sentence(error)}): "
+                f"{WHOLE}"
+            ) from None
+        refuse_attention(self._path, self._attention, config.to_dict())
+        return causal
+
+    @torch.no_grad()
+    def _read(self, model: ShardedModel) -> None:
+        with ExitStack() as stack:
+            opened: dict[Path, Any] = {}
+            for own, parameter in model.shards():
+                for part in local_parts(self.names[own], parameter):
+                    file = self._files.get(part.name)
+                    if file is None:
+                        raise UserError(f"model.path: {self._path} has no tensor {part.name}: {WHOLE}")
+                    if file not in opened:
+                        opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+                    stored = opened[file].get_slice(part.name)
+                    if tuple(stored.get_shape()) != part.shape:
+                        raise UserError(
+                            f"model.path: {part.name} in {file} has shape {tuple(stored.get_shape())}, but its "
+                            f"configuration gives {part.shape}: {WHOLE}"
+                        )
+                    rows: Tensor = stored[part.start : part.start + len(part.values)] if part.shape else stored[:]
+                    part.values.copy_(rows.to(COMPUTES))
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Let modules that are built inside have parameters without memory."""
+    register = nn.Module.register_parameter
+
+    def without_memory(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:  # a tied parameter stays the same object
+            param = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = without_memory  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _give_memory(model: ShardedModel, device: torch.device) -> None:
+    """Allocate the shards. Buffers keep their values, tied parameters stay one."""
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    tied: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                tied.setdefault(id(parameter), []).append((module, name))
+    model.to_empty(device=device)
+    for (first, own), *others in tied.values():
+        for module, name in others:
+            module._parameters[name] = first._parameters[own]
+    with torch.no_grad():
+        for buffer, values in zip(model.buffers(), buffers, strict=True):
+            buffer.copy_(values)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def _tensor_files(path: str) -> dict[str, Path]:
+    """Return the file of each tensor of a checkpoint. Raises UserError unless its files are safetensors."""
+    from transformers.utils.hub import cached_file
+
+    def found(name: str) -> Path | None:
+        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        return None if file is None else Path(file)
+
+    if (index := found(INDEX)) is not None:
+        weights: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {file: found(file) for file in sorted(set(weights.values()))}
+        if missing := [file for file, place in files.items() if place is None]:
+            raise UserError(f"model.path: {path} lacks {missing[0]}: {WHOLE}")
+        return {name: place for name, file in weights.items() if (place := files[file]) is not None}
+    single = found(SINGLE)
+    if single is None:
+        raise UserError(
+            f"learner.sharding: {path} has no {SINGLE} and no {INDEX}: each rank reads its shards from safetensors. "
+            f'Convert the model, or set learner.sharding = "none"'
+        )
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single)

@@ -1,0 +1,77 @@
+"""A policy that is split over two ranks computes what a replicated one computes."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from tests.learner_parts.models import build
+from tests.processes.shard_on_ranks import CASES, ONE, THREE, UNTIED
+from tests.processes.waiting import LIMIT_S
+from tests.runs.run_process import ROOT
+
+pytestmark = pytest.mark.servers
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Case -> results of each rank."""
+    folder = tmp_path_factory.mktemp("sharded")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+    models = [str(build(tied=tied)) for tied in (True, False)]
+    done = subprocess.run(
+        [sys.executable, *launcher, "tests.processes.shard_on_ranks", *models, str(folder)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    return {case: [torch.load(folder / f"{case} {rank}.pt") for rank in range(2)] for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_passes_are_equal_bit_for_bit(both: Any, case: str) -> None:
+    for rank in both[case]:
+        replicated, sharded = rank["replicated"], rank["sharded"]
+        for of in ("scores", "own"):
+            assert len(sharded[of]) == len(replicated[of])
+            for own, expected in zip(sharded[of], replicated[of], strict=True):
+                assert torch.equal(own, expected)
+        if len(CASES[case]) == 1:  # a second minibatch comes after a step
+            assert sharded["current"].keys() == replicated["current"].keys()
+            for row, expected in replicated["current"].items():
+                assert torch.equal(sharded["current"][row], expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_and_steps_are_equal_up_to_the_order_of_sums(both: Any, case: str) -> None:
+    for rank in both[case]:
+        replicated, sharded = rank["replicated"], rank["sharded"]
+        assert len(sharded["gradients"]) == len(replicated["gradients"]) == len(CASES[case])
+        for own, expected in zip(sharded["gradients"][0], replicated["gradients"][0], strict=True):
+            if case in (ONE, UNTIED):
+                assert torch.equal(own, expected)
+            else:
+                # bf16 gradients of up to three micro-batches of two ranks, added in float32
+                assert torch.allclose(own, expected, rtol=1e-5, atol=1e-6)
+        assert any(float(gradient.abs().max()) > 1e-3 for gradient in sharded["gradients"][0])
+        for own, expected in zip(sharded["masters"], replicated["masters"], strict=True):
+            assert torch.allclose(own, expected, rtol=1e-5, atol=1e-5)
+        assert sharded["loss"] == pytest.approx(replicated["loss"], rel=1e-2, abs=1e-5)
+        assert sharded["grad_norm"] == pytest.approx(replicated["grad_norm"], rel=1e-2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_row_is_trained_on_once_and_no_empty_pass_is_reported(both: Any, case: str) -> None:
+    expected = sorted(row.trajectory for minibatch in CASES[case] for row in minibatch)
+    for rank in both[case]:
+        assert rank["sharded"]["trained"] == rank["replicated"]["trained"] == expected
+
+
+def test_all_ranks_end_with_the_same_weights_and_each_holds_half_of_them(both: Any) -> None:
+    first, second = (rank["sharded"] for rank in both[THREE])
+    for own, other in zip(first["masters"], second["masters"], strict=True):
+        assert torch.equal(own, other)
+    total = sum(4 * master.numel() for master in first["masters"])
+    assert first["bytes"] + second["bytes"] == total
+    assert max(first["bytes"], second["bytes"]) < 0.51 * total

@@ -1,0 +1,112 @@
+"""Train fixed rows under torchrun with a replicated and with a sharded policy, and save both results.
+
+torchrun --standalone --nproc-per-node=2 -m tests.processes.shard_on_ranks MODEL UNTIED FOLDER
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+from palimpsest.common.arrays import Float32Array
+from palimpsest.common.config.learner import OptimizerConfig
+from palimpsest.services.learner.batch.batching import PaddedBatch, Row, micro_batches, pad
+from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.model.policy import load_model
+from palimpsest.services.learner.model.trainable import TrainablePolicy
+from palimpsest.services.learner.old_logprobs.distributed_scorer import DistributedScorer, model_scorer, serve_scoring
+from palimpsest.services.learner.old_logprobs.passes import BatchScores
+from palimpsest.services.learner.sharding.load import ModelFiles
+from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy
+from palimpsest.services.learner.training.results import StepResult, merge
+from tests.learner_parts.models import CurrentModel, train
+from tests.processes.train_on_ranks import CASES as UNEVEN, NOW, some_rows
+from tests.records.builders import a_learner
+
+OPTIMIZER = OptimizerConfig(lr=1e-3, epsilon=1e-3, weight_decay=0.1, max_grad_norm=0.05)
+"""epsilon is above the rounding of the gradients, so the step is a smooth function of them."""
+ONE = "one micro-batch on each rank"
+UNTIED = "one micro-batch, a model with an output head"
+THREE = "three micro-batches on each rank"
+CASES = {ONE: [some_rows("i", [20, 20])], THREE: [some_rows("j", [35, 35, 33, 33, 31, 31])], **UNEVEN}
+CASES[UNTIED] = CASES[ONE]
+LEARNER = a_learner(micro_batch_tokens=40)
+
+
+def main(tied: str, untied: str, folder: Path) -> None:
+    """Save one file per case and rank. tied, untied: folders of models."""
+    torch.set_num_threads(1)
+    ranks = ProcessGroup(equal_passes=True)
+    mesh = init_device_mesh("cpu", (ranks.size,))
+    for case, minibatches in CASES.items():
+        model = untied if case == UNTIED else tied
+        files = ModelFiles(model, "eager", mesh, ranks.device)
+        replicated = TrainablePolicy(load_model(model, ranks.device, "eager"), OPTIMIZER)
+        sharded = ShardedPolicy(files.build(holds=torch.float32, trains=True), OPTIMIZER, ranks)
+        rows = [row for minibatch in minibatches for row in minibatch]
+        saved = {
+            name: {"scores": scores(policy.model, rows, ranks), "own": own_scores(policy.model, rows, ranks)}
+            | results(policy, minibatches, ranks)
+            for name, policy in {"replicated": replicated, "sharded": sharded}.items()
+        }
+        torch.save(saved, folder / f"{case} {ranks.rank}.pt")
+    ranks.close()
+
+
+def results(policy: TrainablePolicy, minibatches: list[list[Row]], ranks: ProcessGroup) -> dict[str, Any]:
+    """Results of one version. Tensors are whole."""
+    gradients: list[list[torch.Tensor]] = []
+    step = policy.step
+
+    def noted(**_: float) -> float:
+        gradients.append([gradient.clone() for gradient in whole(policy, "grad")])
+        return step()
+
+    policy.step = noted  # type: ignore[method-assign]
+    own = train(policy, CurrentModel(policy.model), ranks, minibatches, NOW, config=LEARNER)
+    together: StepResult = merge(ranks.all_gather_object(own))
+    return {
+        "gradients": gradients,
+        "masters": whole(policy, "data"),
+        "loss": together.loss,
+        "grad_norm": together.grad_norm,
+        "trained": sorted(row.trajectory for scored in together.micro_batches for row in scored.batch.rows),
+        "current": {
+            row.trajectory: scored.current[i] for scored in own.micro_batches for i, row in enumerate(scored.batch.rows)
+        },
+        "bytes": sum(master.numel() * 4 for master in policy.masters),
+    }
+
+
+def whole(policy: TrainablePolicy, part: str) -> list[torch.Tensor]:
+    """Masters ("data") or gradients ("grad") of all ranks."""
+    if isinstance(policy, ShardedPolicy):
+        return [getattr(parameter, part).full_tensor().detach().clone() for parameter in policy.parameters]
+    return [getattr(master, part).clone() for master in policy.masters]
+
+
+def scores(model: torch.nn.Module, rows: list[Row], ranks: ProcessGroup) -> list[torch.Tensor]:
+    """Scores of all micro-batches, on rank 0: one micro-batch, then the others."""
+    forward = model_scorer(model, ranks.device)
+    if not ranks.is_rank0:
+        assert serve_scoring(ranks, forward) == "enough"
+        return []
+    batches = [pad(batch) for batch in micro_batches(rows, max_tokens=40)]
+    together = DistributedScorer(ranks, forward)
+    values: list[Float32Array] = [*together(batches[:1]), *together(batches[1:])]
+    ranks.broadcast_object(("enough",))
+    return [torch.from_numpy(each) for each in values]
+
+
+def own_scores(model: torch.nn.Module, rows: list[Row], ranks: ProcessGroup) -> list[torch.Tensor]:
+    """Scores of this rank's rows by BatchScores; the first rank has more passes than the others."""
+    share: list[PaddedBatch] = [pad([row]) for row in rows[ranks.rank :: ranks.size][: 3 - 2 * ranks.rank]]
+    batch_scores = BatchScores(share, ranks.device, max_tokens=1, fresh=0, ranks=ranks)
+    batch_scores.score(model, batch_scores.of(NOW))
+    return batch_scores.values
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
