@@ -83,7 +83,14 @@ def test_checking_a_run_loads_no_heavy_library(service: str) -> None:
             "vllm",
             {f"services/rollout/engine/{name}.py" for name in ("vllm", "vllm_weight_transfer", "weight_update")},
         ),
-        ("torch.distributed", {"services/learner/distributed.py", "services/learner/torchrun.py"}),
+        (
+            "torch.distributed",
+            {"services/learner/distributed.py", "services/learner/torchrun.py"}
+            | {
+                f"services/learner/sharding/{name}.py"
+                for name in ("build", "load", "local_shards", "shard_files", "sharded_model", "sharded_policy")
+            },
+        ),
         ("uvicorn", {"common/service.py", "common/control/connections.py"}),
         ("zstandard", {"common/bus/kafka/batches.py", "common/snapshots/codec.py"}),
         (
