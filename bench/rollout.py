@@ -268,6 +268,7 @@ async def run_worker(
                 run=RUN, name="worker-0", bus=bus, sampler=sampler, weights=weights,
                 max_live=config.rollout.max_live, limit=trajectory_limit(config), control=ControlCheck(store),
                 samples=config.tasks.samples_per_group,
+                versions=config.learner.versions,
             )  # fmt: skip
             working = asyncio.create_task(worker.work())
             await asyncio.wait(

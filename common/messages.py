@@ -155,6 +155,8 @@ class RunFinished(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     version: Version
     writer: int = 0
     """See VersionPublished."""
+    versions: int = 0
+    """Number of versions that the run trained. 0: a record of an earlier release."""
 
 
 class WorkerAlive(Struct, frozen=True, forbid_unknown_fields=True, tag="worker_alive/1"):

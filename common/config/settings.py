@@ -24,10 +24,10 @@ class AppliesFrom(StrEnum):
     WORKERS = "at once, in each worker"
 
 
-LOG_LEVEL, MAX_LIVE = "logs.level", "rollout.max_live"
-"""Keys that workers use too."""
+LOG_LEVEL, MAX_LIVE, VERSIONS = "logs.level", "rollout.max_live", "learner.versions"
+"""Keys that workers or replicas use too."""
 _NEXT_VERSION = (
-    "learner.versions",
+    VERSIONS,
     "learner.record",
     "learner.canary_trajectories",
     "learner.audit.fraction",

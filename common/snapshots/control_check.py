@@ -50,6 +50,10 @@ class ControlCheck:
         self._epoch = message.writer
         return True
 
+    def is_newest(self, writer: int) -> bool:
+        """Whether no learner began after the one of this epoch. Asks the store, which may block."""
+        return self._store.newest_writer() <= writer
+
     def check_offer(self, offer: GroupOffered, *, history: bool) -> None:
         """Raise RejectedRecord for an offer that no learner of the run wrote, or of a version that was never stored.
 

@@ -133,7 +133,7 @@ class Loop:
                 return False
             self._train(*batch)
         self._checkpoint()
-        self._publisher.finish(self.version)
+        self._publisher.finish(self.version, trained=self.trained_versions)
         return True
 
     def update_status(self) -> None:

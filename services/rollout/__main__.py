@@ -72,6 +72,7 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
             worker = Worker(
                 run=config.run.id, name=rollout.worker, bus=bus, sampler=sampler, weights=weights,
                 max_live=rollout.max_live, limit=limit, samples=config.tasks.samples_per_group,
+                versions=config.learner.versions,
                 control=ControlCheck(store),
             )  # fmt: skip
             loop = asyncio.get_running_loop()

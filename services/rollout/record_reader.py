@@ -10,6 +10,7 @@ from palimpsest.common.bus.port import Record
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import Control, GroupOffered
 from palimpsest.common.rejected_record import RejectCause, RejectedRecord
+from palimpsest.common.run_end import RunEnd
 from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.trajectory_limit import TrajectoryLimit
 from palimpsest.services.rollout import instruments
@@ -73,6 +74,11 @@ class RecordReader:
         if not current:
             logger().info("record of a replaced learner", offset=record.offset, writer=message.writer)
         return message if current else None
+
+    async def is_over(self, end: RunEnd) -> bool:
+        """Whether the run has ended and no learner continues it."""
+        found = end.announced
+        return found is not None and await asyncio.to_thread(self._control.is_newest, found.writer)
 
     def _check_samples(self, offer: GroupOffered) -> None:
         if offer.samples > self._samples:

@@ -7,9 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from palimpsest.common import logs
 from palimpsest.common.bus.port import Bus, Record
-from palimpsest.common.config.settings import LOG_LEVEL, MAX_LIVE
 from palimpsest.common.instruments import HEARTBEAT, AgeGauge
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import (
@@ -24,6 +22,7 @@ from palimpsest.common.messages import (
     trajectory_id,
 )
 from palimpsest.common.offset_tracker import OffsetTracker
+from palimpsest.common.run_end import RunEnd
 from palimpsest.common.service import Status
 from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.trajectory_limit import TrajectoryLimit
@@ -31,6 +30,7 @@ from palimpsest.common.versions import Version
 from palimpsest.services.rollout import instruments
 from palimpsest.services.rollout.async_consumer import AsyncConsumer
 from palimpsest.services.rollout.cut_responder import CutResponder
+from palimpsest.services.rollout.live_settings import LiveSettings
 from palimpsest.services.rollout.outbox import Outbox
 from palimpsest.services.rollout.record_reader import RecordReader
 from palimpsest.services.rollout.slots import Slots
@@ -70,14 +70,15 @@ class Worker:
         max_live: int,
         limit: TrajectoryLimit,
         samples: int,
+        versions: int,
         control: ControlCheck,
     ) -> None:
-        """samples: most trajectories of a group. control: checks that records are of the learner that has the run."""
+        """samples: most trajectories of a group. versions: of the run. control: checks that records are of the learner
+        that has the run."""
         self._run, self._name, self._bus = run, name, bus
         self._sampler, self._weights = sampler, weights
-        self._slots, self._max_live = Slots(max_live), max_live
-        self._changes = (0, 0)
-        """Number and writer of the newest change that was applied."""
+        self._slots, self._end = Slots(max_live), RunEnd(versions)
+        self._settings = LiveSettings(self._slots, max_live=max_live)
         self._samples = max_live
         """Trajectories of the last group. At first a single group is taken."""
         self._outbox = Outbox(bus)
@@ -217,34 +218,28 @@ class Worker:
             records = await control.poll(limit=256, timeout_s=POLL_S)
             for record in records:
                 message = await self._reader.read_control(record, history=record.offset < known[record.partition])
+                if message is None:
+                    continue
+                self._end.observe(message)
+                self._interruption.observe(message)
                 match message:
                     case VersionPublished():
                         newest = max(newest, message.version)
                     case ControlChanged(what="settings"):
-                        self._use_settings(message)
+                        self._settings.use(message)
                     case RunFinished() if record.offset >= known[record.partition]:
                         logger().info("run finished", version=message.version)
                         self.stop()
-                if message is not None:
-                    self._interruption.observe(message)
             read, caught_up_before = control.positions(), caught_up
             caught_up = all(read[partition] >= end for partition, end in known.items())
+            if caught_up and not caught_up_before and await self._reader.is_over(self._end):
+                logger().info("the run is over: it trained all its versions, and no learner continues it")
+                self.stop()
             if caught_up and (records or not caught_up_before):
                 self._weights.announce(newest)
                 self._interruption.apply()
             if not records and self._interruption.cut is not None and await control.ends() == read:
                 self._interruption.note_end_of_log()
-
-    def _use_settings(self, change: ControlChanged) -> None:
-        """Use those settings of a change that concern a worker. A worker that starts reads all changes of the run."""
-        if not change.follows(*self._changes):
-            return
-        self._changes = (change.number, change.writer)
-        if (size := change.after.get(MAX_LIVE)) is not None:
-            self._slots.resize(min(int(size), self._max_live))  # the engine was started for no more
-            logger().info("setting", key=MAX_LIVE, value=size, by=change.who)
-        if (level := change.after.get(LOG_LEVEL)) is not None:
-            logs.set_level(str(level))
 
     async def _take(self, tasks: AsyncConsumer) -> None:
         """Take tasks as slots become free."""

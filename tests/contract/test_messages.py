@@ -136,6 +136,7 @@ WRITTEN: dict[str, tuple[str, msgspec.Struct]] = {
     "cut_released-1.writer": (CONTROL, msgspec.structs.replace(CUT_RELEASED, **OF_WRITER)),
     "version_published-1.writer": (CONTROL, msgspec.structs.replace(PUBLISHED, **OF_WRITER)),
     "run_finished-1.writer": (CONTROL, msgspec.structs.replace(ENDED, **OF_WRITER)),
+    "run_finished-1.versions": (CONTROL, msgspec.structs.replace(ENDED, versions=200, **OF_WRITER)),
     "worker_alive-1": (WORKERS, ALIVE),
     "version_applied-1": (WORKERS, APPLIED),
     "cut_reached-1": (WORKERS, CUT_REACHED),
@@ -220,7 +221,7 @@ def test_an_unknown_field_is_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize("name", WRITTEN)
 def test_every_missing_field_is_refused_by_name(name: str) -> None:
     topic, record = WRITTEN[name]
-    for missing in fields(record).keys() - {"type", "writer"}:
+    for missing in fields(record).keys() - {"type", "writer", "versions"}:
         with pytest.raises(Undecodable, match=f"^{topic}: .*{missing}"):
             decode(topic, msgspec.msgpack.encode({k: v for k, v in fields(record).items() if k != missing}))
 

@@ -106,8 +106,9 @@ class Publisher:
         if self._clock() - leased > RENEW_S:
             self.keep_from(lowest)
 
-    def finish(self, version: Version) -> None:
-        """Announce the end of the run. Raises Fenced if another learner has the run and may continue it."""
+    def finish(self, version: Version, *, trained: int) -> None:
+        """Announce the end of the run after `trained` versions. Raises Fenced if another learner has the run and may
+        continue it."""
         self._writer.confirm()
-        end = RunFinished(run=self._run, version=version, writer=self._writer.epoch)
+        end = RunFinished(run=self._run, version=version, writer=self._writer.epoch, versions=trained)
         self._bus.publish(CONTROL, [Outgoing(self._run, encode(end))])

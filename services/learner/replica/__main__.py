@@ -53,6 +53,7 @@ def _score(config: RunConfig, stop: Stop, server: Starting) -> None:
         device=device,
         batch_tokens=own.batch_tokens,
         max_staleness=config.learner.max_staleness,
+        versions=config.learner.versions,
         stop=stop,
     )
     server.show_service(ready=replica.waiting_for, status=replica.status)

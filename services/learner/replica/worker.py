@@ -30,6 +30,7 @@ from palimpsest.common.messages import (
 )
 from palimpsest.common.offset_tracker import OffsetTracker
 from palimpsest.common.rejected_record import RejectCause, RejectedRecord
+from palimpsest.common.run_end import RunEnd
 from palimpsest.common.service import Status, Stop
 from palimpsest.common.snapshots.client import VersionMissing
 from palimpsest.common.snapshots.control_check import ControlCheck
@@ -65,12 +66,16 @@ class ReplicaWorker:
         device: torch.device,
         batch_tokens: int,
         max_staleness: int,
+        versions: int,
         stop: Stop,
     ) -> None:
-        """max_staleness: the learner's; batch_tokens: of a pass, padding included."""
+        """max_staleness: the learner's; versions: of the run; batch_tokens: of a pass, padding included."""
         self._max_staleness = max_staleness
         self.newest = Version(-1)
-        """Newest version that was announced since the start."""
+        """Newest version that was announced."""
+        self._end = RunEnd(versions)
+        self._known: Mapping[int, int] = {}
+        """Partition -> end of `control` at the start. Earlier records are older than this replica."""
         self._run, self._name, self._bus = run, name, bus
         self._device, self._batch_tokens, self._stop = device, batch_tokens, stop
         self._backlog, self._frontier = ScoringQueue(), OffsetTracker()
@@ -123,8 +128,8 @@ class ReplicaWorker:
             self._bus.consumer(OLD_LOGPROBS) as self._requested,
             self._bus.consumer(TRAJECTORIES, group=GROUP, member=self._name) as self._trajectories,
         ):
-            for consumer in (self._control, self._requested):
-                consumer.seek(consumer.ends())  # skip records from before the start of this replica
+            self._requested.seek(self._requested.ends())  # skip requests from before the start of this replica
+            self._read_history()
             self._waiting_for = None
             heartbeat = AgeGauge(HEARTBEAT.labels("replica"))
             while not self._finished and not self._stop.requested:
@@ -141,17 +146,32 @@ class ReplicaWorker:
                 self._score_all()
                 self._commit()
 
-    def _read_control(self) -> None:
+    def _read_history(self) -> None:
+        """Read the records of `control` from before the start, and note whether the run is over."""
+        self._known = self._control.ends()
+        while any(self._control.positions()[partition] < end for partition, end in self._known.items()):
+            if self._stop.requested:
+                return
+            self._read_control(timeout_s=POLL_S)
+        end = self._end.announced
+        if end is not None and self._check.is_newest(end.writer):
+            logger().info("the run is over: it trained all its versions, and no learner continues it")
+            self._finished = True
+
+    def _read_control(self, *, timeout_s: float = 0.0) -> None:
         """Note the newest version, and the end of the run if it is announced."""
-        for record in self._control.poll(limit=POLL_RECORDS, timeout_s=0.0):
+        for record in self._control.poll(limit=POLL_RECORDS, timeout_s=timeout_s):
+            history = record.offset < self._known[record.partition]
             try:
                 message = decode_for_run(record, self._run)
-                current = self._check.check(message)
+                if not self._check.check(message, history=history):
+                    continue
             except RejectedRecord:
                 continue  # the worker that reads it dead-letters it
-            if current and isinstance(message, VersionPublished):
+            self._end.observe(message)
+            if isinstance(message, VersionPublished):
                 self.newest = max(self.newest, message.version)
-            if current and isinstance(message, RunFinished):
+            if isinstance(message, RunFinished) and not history:
                 logger().info("run finished", version=message.version)
                 self._finished = True
 

@@ -46,6 +46,8 @@ from tests.records.builders import SAMPLING
 RUN = "test"
 MOST_SAMPLES = 1_000
 """Most trajectories of a group."""
+VERSIONS = 30
+"""Of the run."""
 CANARY = Canary((1, 2, 3), (1, 2), (-1.0, -2.0), previous=())
 
 
@@ -185,7 +187,7 @@ async def turns(count: int = 200) -> None:
 @asynccontextmanager
 async def working(
     place: Place, *, engine: GatedEngine | None = None, bus: SqliteBus | None = None, name: str = "worker-0",
-    max_live: int = 8,
+    max_live: int = 8, control: ControlCheck | None = None,
 ) -> AsyncIterator[Working]:  # fmt: skip
     """Run a worker inside the block; it is killed at the end of the block if it has not stopped."""
     engine, bus = engine or GatedEngine(place.dialogue), bus or place.bus
@@ -202,7 +204,7 @@ async def working(
         limit = TrajectoryLimit(SAMPLING.max_trajectory_tokens, "the test")
         worker = Worker(
             run=RUN, name=name, bus=bus, sampler=sampler, weights=weights, max_live=max_live, limit=limit,
-            samples=MOST_SAMPLES, control=ControlCheck(place.store),
+            samples=MOST_SAMPLES, versions=VERSIONS, control=control or ControlCheck(place.store),
         )  # fmt: skip
         ending = asyncio.create_task(worker.work())
         try:
@@ -239,9 +241,10 @@ def announce(bus: SqliteBus, version: int, *, run: str = RUN) -> None:
     bus.publish(CONTROL, [Outgoing(run, encode(published))])
 
 
-def finish(bus: SqliteBus, *, run: str = RUN) -> None:
-    """Publish the end of the run."""
-    bus.publish(CONTROL, [Outgoing(run, encode(RunFinished(run=run, version=Version(0), writer=1)))])
+def finish(bus: SqliteBus, *, run: str = RUN, versions: int = 0) -> None:
+    """Publish the end of the run after this number of versions."""
+    end = RunFinished(run=run, version=Version(0), writer=1, versions=versions)
+    bus.publish(CONTROL, [Outgoing(run, encode(end))])
 
 
 def messages(bus: SqliteBus, topic: str) -> list[Any]:

@@ -44,6 +44,7 @@ from tests.servers.stores import eventually
 
 TOPICS = {TASKS: 1, TRAJECTORIES: 2, CONTROL: 1, WORKERS: 1, OLD_LOGPROBS: 2, DEAD_LETTERS: 1}
 BATCH_TOKENS = 64
+VERSIONS = 3
 
 
 class Setup:
@@ -69,7 +70,7 @@ class Setup:
     def replica(self, name: str, stop: Stop, bus: SqliteBus | None = None) -> ReplicaWorker:
         return ReplicaWorker(
             run="test", name=name, bus=bus or self.bus, device=CPU, batch_tokens=BATCH_TOKENS, stop=stop,
-            max_staleness=self.max_staleness,
+            max_staleness=self.max_staleness, versions=VERSIONS,
         )  # fmt: skip
 
     def trajectories(self, *records: TrajectoryFinished | SegmentFlushed) -> None:

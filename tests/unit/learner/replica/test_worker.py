@@ -21,6 +21,7 @@ from palimpsest.common.messages import (
     encode,
     group_id,
 )
+from palimpsest.common.snapshots.writer import Writer
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import pad
@@ -31,6 +32,7 @@ from tests.servers.stores import eventually
 from tests.unit.learner.replica.replicas import (
     BATCH_TOKENS,
     MIXED,
+    VERSIONS,
     RunningReplica,
     Setup,
     a_reader,
@@ -198,6 +200,23 @@ def test_a_replica_stops_at_the_end_of_its_run_and_not_of_an_earlier_run(setup: 
         setup.bus.publish(CONTROL, over)
         running.join()
         assert not running.stop.requested
+
+
+@pytest.mark.parametrize("newer", [False, True], ids=["over", "continued"])
+def test_a_replica_that_starts_after_the_end_of_its_run_ends_unless_a_learner_has_begun(
+    setup: Setup, newer: bool
+) -> None:
+    end = RunFinished(run="test", version=Version(2), writer=1, versions=VERSIONS)
+    setup.bus.publish(CONTROL, [Outgoing("test", encode(end))])
+    if newer:
+        Writer(setup.store).begin()
+    with RunningReplica(setup) as running:
+        if newer:
+            setup.trajectories(finished(0, 0, MIXED))
+            eventually(lambda: len(setup.scores()) == 3)
+        else:
+            running.join()
+            assert not running.stop.requested
 
 
 def test_two_replicas_share_the_work_and_every_segment_is_scored(setup: Setup) -> None:
