@@ -8,10 +8,13 @@ from typing import Any, Literal
 import structlog
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+_level = "info"
 
 
 def configure(service: str, level: str, form: Literal["text", "json"]) -> None:
     """Set up logging for this process. Every event carries the name of the service."""
+    global _level
+    _level = level
     renderer: Any = (
         structlog.processors.JSONRenderer()
         if form == "json"
@@ -33,8 +36,15 @@ def configure(service: str, level: str, form: Literal["text", "json"]) -> None:
     _set_level_of_libraries(level)
 
 
+def level() -> str:
+    """Return the level from which this process logs."""
+    return _level
+
+
 def set_level(level: str) -> None:
     """Log from this level on, after `configure`."""
+    global _level
+    _level = level
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]))
     _set_level_of_libraries(level)
 

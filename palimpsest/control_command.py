@@ -19,8 +19,10 @@ from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.control_client import ControlClient, Refused, forwarded, url_in, wait_for
 
 LEARNER = "learner"
-PORTS = {LEARNER: 7704, "gateway": 7702, "worker": 7703}
+PORTS = {LEARNER: 7704, "gateway": 7702, "store": 7701, "worker": 7703}
 """Ports in the Helm chart."""
+_IN_A_RELEASE = {"env_gateway": "gateway", "snapshot_store": "store"}
+"""Name of a process of a run -> name of the service in the Helm chart."""
 WAIT_S = 600.0
 """Time that a command waits for its change. A step of a large model may take minutes."""
 HTTP_WAIT_S = 30.0
@@ -42,6 +44,7 @@ WHERE = """\
   RUN             the folder of a run on this machine (runs/ID)
   --url URL       the address of the service
   --release NAME  a Helm release, through `kubectl port-forward`
+  --service NAME  get, set: the gateway (env_gateway) or the store (snapshot_store) in place of the learner
   --no-wait       return when the service has accepted the request
   --json          print the reply as JSON
 
@@ -58,6 +61,8 @@ class Request:
     folder: Path | None = None
     url: str | None = None
     release: str | None = None
+    service: str | None = None
+    """Name of another service than the learner."""
     wait: bool = True
     as_json: bool = False
     offers: bool = False
@@ -90,7 +95,7 @@ def parse(name: str, arguments: Sequence[str]) -> Request:
     while left:
         word = left.pop(0)
         flag, equals, value = word.partition("=")
-        if flag in ("--url", "--release"):
+        if flag in ("--url", "--release") or (flag == "--service" and name in ("get", "set")):
             if not equals and not left:
                 raise UserError(f"{flag} needs a value\n{usage(name)}")
             setattr(request, flag[2:], value if equals else left.pop(0))
@@ -146,13 +151,17 @@ def _client(request: Request) -> Iterator[ControlClient]:
         yield from _connected(request.url)
     else:
         assert request.folder is not None
-        yield from _connected(url_in(request.folder, request.words[0] if request.name == "drain" else LEARNER))
+        service = request.words[0] if request.name == "drain" else request.service or LEARNER
+        yield from _connected(url_in(request.folder, service))
 
 
 def _target(request: Request) -> tuple[str, int]:
     """Return what kubectl forwards to, and the port: a service of the release, or a pod of a worker."""
     if request.name != "drain":
-        return f"service/{request.release}-{LEARNER}", PORTS[LEARNER]
+        name = _IN_A_RELEASE.get(request.service or LEARNER, request.service or LEARNER)
+        if name not in PORTS:
+            raise UserError(f"--service {name}: a release has gateway and store")
+        return f"service/{request.release}-{name}", PORTS[name]
     (name,) = request.words
     return (
         (f"service/{request.release}-gateway", PORTS[name]) if name == "gateway" else (f"pod/{name}", PORTS["worker"])

@@ -38,7 +38,8 @@ def settings(body: Mapping[str, Any]) -> str:
     rows = [
         f"{key:{width}}  {json.dumps(value):10}  {body['applies_from'][key]}" for key, value in body["settings"].items()
     ]
-    return "\n".join([*rows, f"{body['generation']} changes so far"])
+    changes = [f"{body['generation']} changes so far"] if "generation" in body else []
+    return "\n".join([*rows, *changes])
 
 
 def change(body: Mapping[str, Any]) -> str:
@@ -57,7 +58,7 @@ def change(body: Mapping[str, Any]) -> str:
         what = f"{what} {' '.join(map(str, body['what'].values()))}"
     match state:
         case "applied":
-            end = f"applied at version {body['version']}"
+            end = f"applied at version {body['version']}" if "version" in body else f"applied {body['applies_from']}"
         case "requested":
             end = f"requested; takes effect: {body['applies_from']}"
         case _:

@@ -24,10 +24,12 @@ class AppliesFrom(StrEnum):
     WORKERS = "at once, in each worker"
 
 
-LOG_LEVEL, MAX_LIVE, VERSIONS = "logs.level", "rollout.max_live", "learner.versions"
+LOG_LEVEL, MAX_LIVE = "logs.level", "rollout.max_live"
+VERSIONS, MAX_STALENESS = "learner.versions", "learner.max_staleness"
 """Keys that workers or replicas use too."""
 _NEXT_VERSION = (
     VERSIONS,
+    MAX_STALENESS,
     "learner.record",
     "learner.canary_trajectories",
     "learner.audit.fraction",

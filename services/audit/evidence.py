@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from palimpsest.common.staleness_bound import StalenessBound
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.buffer.ledger import LedgerState
 
@@ -131,6 +132,8 @@ class LogContents:
     """Versions that workers verified and applied."""
     finished: bool = False
     """Whether the learner published the end of the run."""
+    staleness_changes: tuple[tuple[int, int], ...] = ()
+    """Changes of learner.max_staleness: version at which it was changed, new number."""
     bounds: Mapping[str, Mapping[int, Bounds]] = field(default_factory=dict)
     """Topic -> partition -> bounds."""
     causes: Mapping[str, int] = field(default_factory=dict)
@@ -195,6 +198,7 @@ class Evidence:
     samples: int
     """Samples of a group whose offer is not on the log."""
     max_staleness: int
+    """Of the run file."""
     every: int
     """Number of versions between checkpoints."""
     log: LogContents = LogContents()
@@ -215,3 +219,8 @@ class Evidence:
     faults: tuple[Finding, ...] = ()
     """Findings about files that could not be read."""
     notes: tuple[str, ...] = ()
+
+    @property
+    def bound(self) -> StalenessBound:
+        """The staleness bound of each version, with the changes that people made."""
+        return StalenessBound(self.max_staleness, self.log.staleness_changes)

@@ -27,6 +27,7 @@ from palimpsest.common.messages import (
     TASKS,
     TRAJECTORIES,
     WORKERS,
+    ControlChanged,
     DeadLetter,
     DropReason,
     RunFinished,
@@ -53,6 +54,7 @@ from palimpsest.services.audit.evidence import (
     Offer,
 )
 from palimpsest.services.audit.read_store import CheckpointSearch, choose, read_candidates, read_versions
+from palimpsest.services.learner.control.state import ControlState
 from palimpsest.services.learner.ingest.validation import check_finished
 from palimpsest.services.snapshot_store.offline import StorageClaims, open_offline
 
@@ -217,7 +219,7 @@ def _rejected(bus: Bus, run: str, topic: str) -> set[tuple[int, int]]:
 
 
 def _read_control(topics: _Topics, log: LogContents, rejected: set[tuple[int, int]]) -> LogContents:
-    announced, finished = [], False
+    announced, finished, changes = [], False, ControlState()
     for record, message in topics.read_records(CONTROL):
         if (record.partition, record.offset) in rejected:
             continue  # for example, another program made up an announcement
@@ -227,7 +229,9 @@ def _read_control(topics: _Topics, log: LogContents, rejected: set[tuple[int, in
                 finished = False  # a finished run can be resumed with more versions
             case RunFinished():
                 finished = True
-    return replace(log, announced=tuple(announced), finished=finished)
+            case ControlChanged():
+                changes = changes.after(message)
+    return replace(log, announced=tuple(announced), finished=finished, staleness_changes=changes.bounds)
 
 
 def _read_letters(topics: _Topics, log: LogContents) -> LogContents:

@@ -6,16 +6,17 @@ from itertools import pairwise
 
 from palimpsest.common.messages import TASKS, TRAJECTORIES
 from palimpsest.common.text import count
+from palimpsest.common.versions import Version
 from palimpsest.services.audit.evidence import FINISHED, Evidence, Finding, Kind, Line, LoggedRecord
 from palimpsest.services.audit.recount import Recount, trajectories
 
 
 def judge_history(evidence: Evidence) -> Iterator[Finding]:
     """Yield findings about the order of the history lines, and about their agreement with the checkpoint."""
-    lines, checkpoint = evidence.lines, evidence.checkpoint
+    lines, checkpoint, bound = evidence.lines, evidence.checkpoint, evidence.bound
     yield from _find_disorder((*lines, *evidence.tail))
     for line in (*lines, *evidence.tail):
-        yield from _check_line(line, evidence.max_staleness)
+        yield from _check_line(line, bound.allowed(Version(line.version)))
     if checkpoint is None:
         return
     if len(lines) != checkpoint.trained_versions:
@@ -63,9 +64,11 @@ def judge_training(evidence: Evidence, counted: Recount) -> Iterator[Finding]:
                 f"{both[0]} is trained in history.jsonl, but checkpoint {checkpoint.name} has it in an open group as "
                 f"not trained: restore the file that was edited",
             )
+    bound = evidence.bound
     for line in (*evidence.lines, *evidence.tail):
-        yield from _check_sources(line, counted, evidence)
-        yield from _check_masked(line, counted, evidence.max_staleness)
+        allowed = bound.allowed(Version(line.version))
+        yield from _check_sources(line, counted, allowed, whole_log=not log.cut(TRAJECTORIES))
+        yield from _check_masked(line, counted, allowed)
 
 
 def _ended_otherwise(counted: Recount) -> frozenset[str]:
@@ -132,23 +135,23 @@ def _check_tail(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-def _check_sources(line: Line, counted: Recount, evidence: Evidence) -> Iterator[Finding]:
+def _check_sources(line: Line, counted: Recount, max_staleness: int, *, whole_log: bool) -> Iterator[Finding]:
     """Yield a finding if a trajectory of this line has no usable record on the log, or only one outside the bound."""
     for name in line.trained:
         records = [record for record in counted.arrivals.get(name, ()) if record.how == FINISHED and record.sound]
-        if not records and not evidence.log.cut(TRAJECTORIES):
+        if not records and whole_log:
             yield Finding(
                 Kind.TRAINED_WITHOUT_RECORD,
                 f"{name} is trained at version {line.version}, but the log has no usable record of it: the log lost "
                 f"records, or the history belongs to another run; restore it",
             )
             return
-        if records and not any(_is_within_bound(record, line.version, evidence.max_staleness) for record in records):
+        if records and not any(_is_within_bound(record, line.version, max_staleness) for record in records):
             first = records[0]
             yield Finding(
                 Kind.STALENESS,
                 f"{name} is trained at version {line.version}, but its tokens are of versions {first.oldest} to "
-                f"{first.newest} (the bound is {evidence.max_staleness}): the learner violates its bound; stop it",
+                f"{first.newest} (the bound is {max_staleness}): the learner violates its bound; stop it",
             )
             return
 

@@ -19,7 +19,7 @@ from typing import TypeVar
 from fastapi import FastAPI, Request
 from pydantic import ValidationError
 
-from palimpsest.common.control import drain
+from palimpsest.common.control import drain, log_level
 from palimpsest.common.control.access import Access, AccessRule, Role
 from palimpsest.common.control.errors import HttpError
 from palimpsest.common.metrics import REGISTRY
@@ -85,7 +85,7 @@ def create_app(
         status=sessions.status,
         lifespan=lifespan,
         access=access,
-        rules=(*RULES, *drain.RULES),
+        rules=(*RULES, *drain.RULES, *log_level.RULES),
         body_limits={"/v1/sessions": request_limit_bytes, "/v1/steps": request_limit_bytes},
         on_error=lambda code: instruments.REFUSED.labels(code).inc(),
     )
@@ -97,6 +97,7 @@ def create_app(
         draining.set()
 
     app.include_router(drain.drain_routes(begin_draining, lambda: sessions.live))
+    app.include_router(log_level.level_routes())
     return app
 
 

@@ -32,7 +32,7 @@ from palimpsest.services.learner.distributed import NOTHING
 from palimpsest.services.learner.ingest.build import Ingest
 from palimpsest.services.learner.ingest.drops import Drops
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
-from palimpsest.services.learner.loop_parts import Outputs, Records, Training
+from palimpsest.services.learner.loop_parts import Outputs, Records, Training, most_unresolved
 from palimpsest.services.learner.loop_status import LoopStatus
 from palimpsest.services.learner.observability.history import History
 from palimpsest.services.learner.observability.prometheus_export import export_to_prometheus
@@ -65,8 +65,7 @@ class Loop:
         stop: Stop,
     ) -> None:
         self._run, self._config, self._seed, self._control = config.run.id, config.learner, config.run.seed, control
-        budget = (self._config.max_staleness + 1) * self._config.groups_per_batch * config.tasks.samples_per_group
-        self._drops = Drops(ingest, budget=budget, skip_even=self._config.even_groups == "skip")
+        self._drops = Drops(ingest, budget=most_unresolved(config), skip_even=self._config.even_groups == "skip")
         self._trainer, self._policy = training.trainer, training.policy
         self._state, self._ranks = training.state, training.ranks
         self._ledger, self._reader, self._tasks, self._ingest = ingest.ledger, ingest.reader, ingest.tasks, ingest
@@ -197,7 +196,7 @@ class Loop:
 
     def _attach_old_logprobs(self, batch: list[ReadyGroup[ReceivedTrajectory]]) -> list[list[Row]] | None:
         """Return the rows of each group with the available old log-probs; None if a stop or a change is requested."""
-        lowest = self.version - self._config.max_staleness
+        lowest = self._ledger.bound.lowest(self.version)
         groups = [
             to_rows(
                 [arrived.record for arrived in group.items],
@@ -240,12 +239,12 @@ class Loop:
         self._confirm()
         batch, rows = self._drops.bury_failed(batch, rows, trained.rejected)
         for group in batch:
-            self._drops.resolve_trained(group.items, lowest=now - self._config.max_staleness)
+            self._drops.resolve_trained(group.items, lowest=self._ledger.bound.lowest(now))
             self._drops.resolve(DropReason.OVER_STALENESS, group.stale)
         self.version, self.trained_versions = Version(now + 1), self.trained_versions + 1
         records = [arrived.record for group in batch for arrived in group.items]
         stale = [arrived.record for group in batch for arrived in group.stale]
-        self._report(Batch(now, self.version, records, rows, stale, now - self._config.max_staleness), trained)
+        self._report(Batch(now, self.version, records, rows, stale, self._ledger.bound.lowest(now)), trained)
         if self.trained_versions % self._config.checkpoint.every == 0:
             with self._phases.of("checkpoint"):
                 self._checkpoint()
@@ -278,6 +277,8 @@ class Loop:
     def use_settings(self, config: RunConfig) -> None:
         """Use these settings from now on; see RunControl."""
         self._config = config.learner
+        self._ledger.use_bound(self._control.staleness_bound())
+        self._drops.admit(most_unresolved(config))
         if config.logs.level != self._log_level:
             self._log_level = config.logs.level
             logs.set_level(self._log_level)
@@ -313,7 +314,7 @@ class Loop:
         self.status.published(self.version)
         kept = self._checkpoints.oldest_version()
         needed = min(self.version, kept if kept is not None else Version(0))
-        self._publisher.keep_from(Version(needed - self._config.max_staleness))
+        self._publisher.keep_from(self._ledger.bound.lowest(needed))
 
     def _checkpoint(self) -> bool:
         return self._checkpoints.save(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.snapshots.writer import Writer
 from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints
 from palimpsest.services.learner.distributed import ProcessGroup
@@ -43,3 +44,8 @@ class Records:
     """Opens the history, truncated to a number of bytes."""
     dump: BatchDump
     reporter: VersionReporter
+
+
+def most_unresolved(config: RunConfig) -> int:
+    """Return the number of trajectories that may be unresolved at the same time."""
+    return (config.learner.max_staleness + 1) * config.learner.groups_per_batch * config.tasks.samples_per_group

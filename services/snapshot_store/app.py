@@ -23,6 +23,7 @@ from fastapi import FastAPI, Path, Request, Response
 from fastapi.responses import JSONResponse
 
 from palimpsest.common.bus.claim_check import MOST_CLAIM_BYTES
+from palimpsest.common.control import log_level
 from palimpsest.common.control.access import Access
 from palimpsest.common.control.error_replies import documented
 from palimpsest.common.control.errors import HttpError
@@ -119,7 +120,7 @@ def create_app(
         lifespan=lifespan,
         access=access,
         body_limits=BODY_LIMITS,
-        rules=routes_pins.RULES,
+        rules=(*routes_pins.RULES, *log_level.RULES),
     )
     routes_blobs.routes(app, storage, catalog, claims)
     _versions(app, catalog)
@@ -127,6 +128,7 @@ def create_app(
     routes_writers.routes(app, catalog.writers)
     routes_members.routes(app, members)
     routes_pins.routes(app, catalog)
+    app.include_router(log_level.level_routes())
 
     @app.exception_handler(Unavailable)
     async def unavailable(_request: Request, error: Unavailable) -> JSONResponse:

@@ -1,6 +1,6 @@
 """Numbers in paths and JSON bodies of the store's requests, within bounds."""
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from fastapi import Path, Request
@@ -21,6 +21,15 @@ WRITER_ERRORS = documented(409)
 async def decoded(request: Request, kind: type[T], code: str) -> T:
     """Return the JSON body of the request. Raises HttpError (422) with this code."""
     try:
-        return msgspec.json.decode(await request.body(), type=kind)
+        return msgspec.convert(_with_integers(msgspec.json.decode(await request.body())), kind)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise HttpError(422, code, str(error)) from None
+
+
+def _with_integers(value: Any) -> Any:
+    """Return the value with 3.0 as 3: in JSON Schema, a number without a fraction is an integer."""
+    if isinstance(value, float) and value.is_integer() and abs(value) <= MOST:
+        return int(value)
+    if isinstance(value, dict):
+        return {key: _with_integers(one) for key, one in value.items()}
+    return [_with_integers(one) for one in value] if isinstance(value, list) else value

@@ -120,7 +120,7 @@ def change_the_run(run: RunProcess, home: Path, page: Page) -> tuple[int, int]:
     metrics = httpx.get(f"{url_in(home, 'learner')}/metrics").text
     assert f"\npalimpsest_learner_learning_rate {FASTER}\n" in metrics
     assert "\npalimpsest_learner_settings_generation 1.0\n" in metrics
-    send("PATCH", "/v1/settings", {"learner.versions": later + 2})
+    send("PATCH", "/v1/settings", {"learner.versions": later + 2, "learner.max_staleness": 5})
     assert press("Resume", "resume") == later
     learner.close()
     return paused, later

@@ -5,9 +5,11 @@ which version, which score records contain it, and the old log-prob that trainin
 code under test but the record types.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from blake3 import blake3
@@ -33,7 +35,7 @@ from palimpsest.common.messages import (
 )
 
 KNOWN_S = 9.0
-"""Seconds. The learner must count a worker that sent a message within this time before a cut."""
+"""Seconds. The learner must count a worker that was never silent for this time, from before a cut to its answer."""
 HOLD_LIMIT_S = 15.0
 """Seconds after which a simulated worker without messages from the learner ends its hold."""
 NOTICED_S = 10.0
@@ -208,10 +210,21 @@ class ScoreChecker:
         for version, cut in self.counted:
             at, request = asked[cut]
             for answer in self.reached:
-                known = any(at - KNOWN_S < announced < at for announced in self.announced[answer.by])
+                known = self._is_known(answer, at)
                 in_time = self._well_s(at, answer.at) < request.deadline_s
                 if answer.message.cut == cut and known and in_time and answer.by not in self.cuts[version]:
                     raise InvariantViolated(f"{answer} was in time for the cut at {at}, but was not used")
+
+    def _is_known(self, answer: Reached, requested: float) -> bool:
+        """Whether the learner must count the worker from the request of a cut until its answer: never silent for long.
+
+        A worker that falls silent during a cut counts as dead, so the cut does not wait for its answer.
+        """
+        announced = self.announced[answer.by]
+        before = max((at for at in announced if at < requested), default=-math.inf)
+        times = [before, *(at for at in announced if requested <= at < answer.at), answer.at]
+        silent = (self._well_s(since, until) >= KNOWN_S for since, until in pairwise(times))
+        return requested - before < KNOWN_S and not any(silent)
 
     def _check_no_early_release(self) -> None:
         """A worker may end its hold only after HOLD_LIMIT_S without messages from the learner on a working log."""

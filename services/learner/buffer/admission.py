@@ -32,6 +32,11 @@ class AdmissionLimit:
         self.groups = highest
         """The limit."""
 
+    def resize(self, highest: int) -> None:
+        """Use another highest limit. A limit at the highest stays there; another one only falls."""
+        self.groups = highest if self.groups == self._highest else min(self.groups, highest)
+        self._highest = highest
+
     def observe(self, *, surplus: int, waited: bool) -> None:
         """Note a batch. surplus: complete groups that the batch left; waited: whether the learner waited for it."""
         if waited:

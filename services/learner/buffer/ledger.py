@@ -17,6 +17,7 @@ from typing import Generic
 from msgspec import Struct
 
 from palimpsest.common.messages import DropReason, group_id, trajectory_id
+from palimpsest.common.staleness_bound import StalenessBound
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.buffer.admission import AdmissionLimit
 from palimpsest.services.learner.buffer.groups import Finished, Group, ReadyGroup, T, parse_id
@@ -79,9 +80,9 @@ class TrajectoryLedger(Generic[T]):
         """max_overtaking: younger groups that may resolve before a group until the batch waits for it. None: any
         number."""
         self._samples, self._batch = samples, groups_per_batch
-        self._max_staleness, self._time_limit_s = max_staleness, time_limit_s
+        self.bound, self._time_limit_s = StalenessBound(max_staleness), time_limit_s
         self._max_overtaking = max_overtaking
-        self._limit = AdmissionLimit(groups_per_batch=groups_per_batch, highest=(max_staleness + 1) * groups_per_batch)
+        self._limit = AdmissionLimit(groups_per_batch=groups_per_batch, highest=self._most_groups())
         self._open: dict[str, Group[T]] = {}
         self._next_index = 0
         self._offered = self._trained = self._dead_lettered = 0
@@ -95,6 +96,11 @@ class TrajectoryLedger(Generic[T]):
     def free_slots(self) -> int:
         """Groups that may be offered now: (max_staleness + 1) * groups_per_batch - unresolved, or fewer (`adapt`)."""
         return max(0, self._limit.groups - len(self._open))
+
+    def use_bound(self, bound: StalenessBound) -> None:
+        """Use this staleness bound from now on. A lower one admits no group until enough groups are resolved."""
+        self.bound = bound
+        self._limit.resize(self._most_groups())
 
     def adapt(self, *, waited: bool) -> None:
         """Adapt the number of unresolved groups after a batch was taken. waited: whether the learner waited for it."""
@@ -154,7 +160,7 @@ class TrajectoryLedger(Generic[T]):
 
     def drop_stale(self, now: Version) -> list[T]:
         """Drop the arrived trajectories of complete groups in which no token is inside the bound. Return the items."""
-        lowest, dropped = now - self._max_staleness, list[T]()
+        lowest, dropped = self.bound.lowest(now), list[T]()
         for group in list(self._open.values()):
             if not group.awaited and not (ready := group.ready(lowest)).items:
                 dropped += ready.stale
@@ -191,7 +197,7 @@ class TrajectoryLedger(Generic[T]):
         ready = [group for group in self._open.values() if not group.awaited][: self._batch]
         if len(ready) < self._batch or self._waits_for_older(ready):
             return None
-        return [group.ready(now - self._max_staleness) for group in ready]
+        return [group.ready(self.bound.lowest(now)) for group in ready]
 
     def next_groups(self) -> frozenset[str]:
         """Return the oldest complete groups, at most a batch: the next batch takes them unless older ones complete."""
@@ -202,7 +208,7 @@ class TrajectoryLedger(Generic[T]):
         """Return the groups of `peek_batch`. Count `items` as trained, and `stale` as dropped."""
         batch = self.peek_batch(now)
         for ready in batch or []:
-            self._end_arrived(self._open[ready.group], now - self._max_staleness)
+            self._end_arrived(self._open[ready.group], self.bound.lowest(now))
         return batch
 
     def bury(self) -> None:
@@ -275,6 +281,9 @@ class TrajectoryLedger(Generic[T]):
         }
         self._trained, self._dropped = state.trained, dict(state.dropped)
         self._dead_lettered, self._offered = state.dead_lettered, state.offered
+
+    def _most_groups(self) -> int:
+        return (self.bound.number + 1) * self._batch
 
     def _find(self, group: str, trajectory: str) -> "_Entry[T]":
         name, sample = parse_id(trajectory)

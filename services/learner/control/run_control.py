@@ -16,6 +16,7 @@ from palimpsest.common.control.changes import Change, ChangeState
 from palimpsest.common.control.desk import ControlDesk
 from palimpsest.common.control_messages import ControlChanged
 from palimpsest.common.logs import logger
+from palimpsest.common.staleness_bound import StalenessBound
 from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
@@ -105,6 +106,10 @@ class RunControl:
     def state(self) -> ControlState:
         """For a checkpoint."""
         return self._state
+
+    def staleness_bound(self) -> StalenessBound:
+        """Return the staleness bound with all its changes."""
+        return StalenessBound(self._started_with.learner.max_staleness, self._state.bounds)
 
     def restore(self, state: ControlState) -> RunConfig:
         """Continue from a checkpoint and the later records on the log. Return the settings to use.
@@ -212,6 +217,13 @@ def refuse_missing_parts(config: RunConfig, started_with: RunConfig) -> None:
             "needs_new_run",
             "learner.audit.fraction is 0 in the run file, so the learner holds no model to audit with: start a run "
             "with a fraction above 0",
+        )
+    proximal, number = config.learner.proximal, config.learner.max_staleness
+    if number != started_with.learner.max_staleness and getattr(proximal, "window", None) == "max_staleness":
+        raise SettingRefused(
+            "needs_new_run",
+            f'learner.proximal.window is "max_staleness", and {proximal.kind} built its average for '
+            f"{started_with.learner.max_staleness} versions: start a run with a number as window",
         )
     if config.rollout.max_live > (most := started_with.rollout.max_live):
         raise SettingRefused(

@@ -4,6 +4,7 @@ from typing import Any
 
 from msgspec import Struct, structs
 
+from palimpsest.common.config.settings import MAX_STALENESS
 from palimpsest.common.control_messages import ControlChanged
 
 TEMPERATURE = "sampling.temperature"
@@ -22,6 +23,8 @@ class ControlState(Struct, frozen=True, forbid_unknown_fields=True):
     """Key -> new value, for the keys that were changed."""
     temperatures: tuple[tuple[int, float], ...] = ()
     """Changes of sampling.temperature: index of the first group, temperature."""
+    bounds: tuple[tuple[int, int], ...] = ()
+    """Changes of learner.max_staleness: version at which it was changed, new number."""
     paused: dict[str, str] = {}
     """What is paused (`training`, `offers`) -> who paused it."""
 
@@ -29,12 +32,14 @@ class ControlState(Struct, frozen=True, forbid_unknown_fields=True):
         """Return the state after a recorded change, if it took effect."""
         if not record.follows(self.number, self.writer):
             return self
-        values, paused, temperatures = dict(self.values), dict(self.paused), self.temperatures
+        values, paused, temperatures, bounds = dict(self.values), dict(self.paused), self.temperatures, self.bounds
         match record.what:
             case "settings":
                 values |= record.after
                 if (temperature := record.after.get(TEMPERATURE)) is not None:
                     temperatures = (*temperatures, (record.next_group, float(temperature)))
+                if isinstance(number := record.after.get(MAX_STALENESS), int):
+                    bounds = (*bounds, (record.version, number))
             case "pause":
                 paused[record.after["what"]] = record.who
             case "resume":
@@ -47,4 +52,5 @@ class ControlState(Struct, frozen=True, forbid_unknown_fields=True):
             values=values,
             paused=paused,
             temperatures=temperatures,
+            bounds=bounds,
         )

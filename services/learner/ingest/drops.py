@@ -33,6 +33,10 @@ class Drops:
         self.fates = TokenFates()
         """Trained and lost tokens of the trajectories that were resolved."""
 
+    def admit(self, budget: int) -> None:
+        """Use another number of trajectories that may be unresolved at the same time."""
+        self._budget = budget
+
     def drop_unusable(self, version: Version, *, now: float) -> None:
         """Drop trajectories that are too late, too stale, or in too small a group.
 

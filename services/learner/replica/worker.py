@@ -11,16 +11,18 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import torch
 
-from palimpsest.common import failpoints
+from palimpsest.common import failpoints, logs
 from palimpsest.common.arrays import Float32Array
 from palimpsest.common.bus.decoding import message_in
 from palimpsest.common.bus.port import Bus, Consumer, Outgoing, Position, Record
+from palimpsest.common.config.settings import LOG_LEVEL
 from palimpsest.common.instruments import HEARTBEAT, AgeGauge, report_lag
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import (
     CONTROL,
     OLD_LOGPROBS,
     TRAJECTORIES,
+    ControlChanged,
     OldLogprobsRequested,
     RunFinished,
     SegmentFlushed,
@@ -34,9 +36,11 @@ from palimpsest.common.run_end import RunEnd
 from palimpsest.common.service import Status, Stop
 from palimpsest.common.snapshots.client import VersionMissing
 from palimpsest.common.snapshots.control_check import ControlCheck
+from palimpsest.common.staleness_bound import StalenessBound
 from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.control.state import ControlState
 from palimpsest.services.learner.ingest.decoding import decode_for_run
 from palimpsest.services.learner.model.policy import vocabulary_size
 from palimpsest.services.learner.old_logprobs.score_store import computed_of
@@ -70,7 +74,7 @@ class ReplicaWorker:
         stop: Stop,
     ) -> None:
         """max_staleness: the learner's; versions: of the run; batch_tokens: of a pass, padding included."""
-        self._max_staleness = max_staleness
+        self._first_bound, self._changes, self._bound = max_staleness, ControlState(), StalenessBound(max_staleness)
         self.newest = Version(-1)
         """Newest version that was announced."""
         self._end = RunEnd(versions)
@@ -171,6 +175,11 @@ class ReplicaWorker:
             self._end.observe(message)
             if isinstance(message, VersionPublished):
                 self.newest = max(self.newest, message.version)
+            if isinstance(message, ControlChanged):
+                self._changes = self._changes.after(message)
+                self._bound = StalenessBound(self._first_bound, self._changes.bounds)
+                if (level := self._changes.values.get(LOG_LEVEL)) is not None:
+                    logs.set_level(str(level))
             if isinstance(message, RunFinished) and not history:
                 logger().info("run finished", version=message.version)
                 self._finished = True
@@ -219,7 +228,7 @@ class ReplicaWorker:
     def _young(self, rows: Mapping[Version, Row]) -> Mapping[Version, Row]:
         """Leave out the versions whose tokens the learner will mask: the next batch is trained at the newest version or
         a later one. A batch that needs one all the same requests it."""
-        young = {version: row for version, row in rows.items() if version >= self.newest - self._max_staleness}
+        young = {version: row for version, row in rows.items() if version >= self._bound.lowest(self.newest)}
         if len(young) < len(rows):
             self._skip("too_old", len(rows) - len(young))
         return young
@@ -236,7 +245,7 @@ class ReplicaWorker:
             instruments.WAITING.set(len(self._backlog))
 
     def _score(self, version: Version, jobs: Sequence[ScoringJob]) -> None:
-        if version < self.newest - self._max_staleness and not any(job.urgent for job in jobs):
+        if version < self._bound.lowest(self.newest) and not any(job.urgent for job in jobs):
             self._skip("too_old", len(jobs))
             for job in jobs:
                 self._resolve(job)

@@ -262,3 +262,18 @@ def test_the_json_has_the_same_values() -> None:
     }  # fmt: skip
     assert document["open_groups"] == {"g000003": [1]}
     assert [one["version"] for one in document["versions"]] == [1, 2]
+
+
+@pytest.mark.parametrize(("changed", "sound"), [((), False), (((0, 2),), True), (((0, 2), (1, 0)), True)])
+def test_a_line_is_judged_by_the_bound_that_held_at_its_version(
+    changed: tuple[tuple[int, int], ...], sound: bool
+) -> None:
+    """The line of version 1 has staleness 2. A bound that was lowered at version 1 waits for the groups in flight."""
+    evidence = replace(line(1, staleness=(0, 2)), log=replace(LOG, staleness_changes=changed))
+    assert (Kind.STALENESS not in kinds(evidence)) is sound
+
+
+def test_a_line_is_judged_by_a_lowered_bound_after_the_groups_in_flight() -> None:
+    changed = replace(LOG, staleness_changes=((0, 0),))
+    assert kinds(replace(line(1, staleness=(0, 1)), log=changed)) == set()
+    assert Kind.STALENESS in kinds(replace(line(1, version=2, published=3, staleness=(0, 1)), log=changed))

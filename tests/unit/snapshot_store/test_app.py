@@ -175,6 +175,13 @@ async def test_an_invalid_lease_is_422(client: httpx.AsyncClient, body: bytes) -
     assert (await client.get("/v1/status")).json()["leases"] == {}
 
 
+async def test_a_number_without_a_fraction_is_an_integer(client: httpx.AsyncClient) -> None:
+    """As in JSON Schema, which the service's OpenAPI document uses."""
+    assert (await client.put("/v1/leases/learner", content=b'{"lowest": 4.0}')).json() == {"lowest": 4}
+    for body in (b'{"lowest": 4.5}', b'{"lowest": 1e300}', b'{"lowest": "4"}', b'{"lowest": true}'):
+        assert_error(await client.put("/v1/leases/learner", content=body), 422, "bad_lease")
+
+
 async def test_a_lease_can_be_deleted(client: httpx.AsyncClient) -> None:
     await client.put("/v1/leases/learner", json={"lowest": 4})
     assert (await client.delete("/v1/leases/learner")).status_code == 204

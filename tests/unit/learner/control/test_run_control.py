@@ -158,3 +158,24 @@ def test_settings_that_do_not_fit_the_run_file_any_more_end_the_start(config: Ru
     state = ControlState(number=1, writer=1, generation=1, values={"learner.optimizer.lr": "fast"})
     with pytest.raises(UserError, match=r"do not fit its run file: learner\.optimizer\.lr"):
         Parts(config).control.restore(state)
+
+
+def test_a_changed_staleness_bound_is_kept_with_its_version(config: RunConfig) -> None:
+    before = Parts(config)
+    before.do("settings", **{"learner.max_staleness": 6})
+    before.loop.version = Version(9)
+    before.do("settings", **{"learner.max_staleness": 2})
+    assert before.control.state().bounds == ((5, 6), (9, 2))
+    after = Parts(config, writer=2, earlier=tuple(before.records()))
+    assert after.control.restore(ControlState()).learner.max_staleness == 2
+    bound = after.control.staleness_bound()
+    assert [bound.allowed(Version(version)) for version in (4, 5, 9, 15, 16)] == [4, 4, 6, 6, 2]
+
+
+def test_a_surrogate_built_for_the_bound_refuses_another(config: RunConfig) -> None:
+    values = config.model_dump()
+    values["learner"]["proximal"] = {"kind": "ppo_ewma_async", "window": "max_staleness"}
+    refused = Parts(RunConfig.model_validate(values)).do("settings", **{"learner.max_staleness": 6})
+    assert refused.code == "needs_new_run"
+    values["learner"]["proximal"]["window"] = 4
+    assert Parts(RunConfig.model_validate(values)).do("settings", **{"learner.max_staleness": 6}).state == "applied"

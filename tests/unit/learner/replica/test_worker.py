@@ -13,6 +13,7 @@ from palimpsest.common.messages import (
     CONTROL,
     OLD_LOGPROBS,
     TRAJECTORIES,
+    ControlChanged,
     OldLogprobsRequested,
     RunFinished,
     SegmentFlushed,
@@ -217,6 +218,18 @@ def test_a_replica_that_starts_after_the_end_of_its_run_ends_unless_a_learner_ha
         else:
             running.join()
             assert not running.stop.requested
+
+
+def test_a_replica_uses_the_changed_staleness_bound(setup: Setup) -> None:
+    """Its run file has 0, so it would score only the tokens of version 2."""
+    setup.max_staleness = 0
+    change = ControlChanged(
+        "test", 1, 1, "c1", "ann", "tune", "", "settings", {}, {"learner.max_staleness": 5}, 1, Version(0), 0, 0.0, ""
+    )
+    setup.bus.publish(CONTROL, [Outgoing("test", encode(change))])
+    setup.trajectories(finished(0, 0, MIXED))
+    with RunningReplica(setup):
+        eventually(lambda: keys(setup.scores()) == spans_of(finished(0, 0, MIXED)))
 
 
 def test_two_replicas_share_the_work_and_every_segment_is_scored(setup: Setup) -> None:
