@@ -1,4 +1,4 @@
-"""Whether a run that finished goes on: for workers and replicas that start after its end. Pure.
+"""Whether a run that finished is over: for workers and replicas that start after its end. Pure.
 
 A learner that continues a run has an epoch above that of the learner that finished it, and begins only if the run has
 versions left to train. So a run is over if it trained as many versions as it is to have, and no newer learner began.

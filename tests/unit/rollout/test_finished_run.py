@@ -1,4 +1,4 @@
-"""A worker that starts after the end of its run ends too, unless the run goes on."""
+"""A worker that starts after the end of its run ends too, unless the run is continued."""
 
 from palimpsest.common.bus.port import Outgoing
 from palimpsest.common.bus.sqlite import SqliteBus
@@ -32,7 +32,7 @@ def put(bus: SqliteBus, change: ControlChanged) -> None:
 
 async def test_a_worker_that_starts_after_the_end_of_the_run_ends(place: Place) -> None:
     announce(place.bus, 0)
-    offer(place.bus, 0)  # without a learner nobody would read its trajectories
+    offer(place.bus, 0)  # no learner would read its trajectories
     finish(place.bus, versions=VERSIONS)
     async with working(place) as running:
         await running.ends()
