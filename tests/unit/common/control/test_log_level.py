@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from palimpsest.common import logs, run_folder
+from palimpsest.common.config.settings import LOG_LEVEL
 from palimpsest.common.control.access import OPERATOR_TOKEN, Access, Role, Token, digest
 from palimpsest.common.service import Server
 from palimpsest.common.user_error import UserError
@@ -34,7 +35,8 @@ def test_the_level_of_the_store_changes_at_once(run: Path, capsys: pytest.Captur
     command("set", [str(run), "--service", "snapshot_store", "logs.level=debug"])
     assert logs.level() == "debug"
     command("get", [str(run), "--service=snapshot_store"])
-    assert capsys.readouterr().out.splitlines() == [
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith(LOG_LEVEL)]
+    assert shown == [
         'logs.level: "warning" -> "debug": applied at once',
         'logs.level  "debug"     at once',
     ]
