@@ -39,7 +39,7 @@ from palimpsest.common.versions import Version
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.ingest.build import build_ingest
 from palimpsest.services.learner.ingest.offers import TaskSettings
-from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
+from palimpsest.services.learner.ingest.trajectory_reader import NoEvaluations, ReceivedTrajectory
 from tools.backends.kafka import Kafka
 
 MAX_STALENESS = 3
@@ -158,6 +158,7 @@ class Learner:
             vocabulary=1 << 20,
             confirm=lambda: None,  # no other learner takes this run over
             epoch=lambda: 1,
+            evaluations=NoEvaluations(),
             control=ControlCheck(OnlyLearner()),
         )
         self._ledger, self._reader = ledger, self._ingest.reader

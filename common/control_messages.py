@@ -1,4 +1,4 @@
-"""Messages of topic `control` about changes that people request of a running service."""
+"""Messages of topic `control` about changes that people request, and about evaluations."""
 
 from typing import Any
 
@@ -45,3 +45,21 @@ class ControlChanged(Struct, frozen=True, forbid_unknown_fields=True, tag="contr
         A repeated record does not, nor does that of a learner that was replaced when it wrote.
         """
         return self.number > number and self.writer >= writer
+
+
+class EvaluationStarted(Struct, frozen=True, forbid_unknown_fields=True, tag="evaluation_started/1"):
+    """An evaluation of a version begins: workers load no later version until it ends. Topic `control`."""
+
+    run: str
+    version: Version
+    writer: int
+    """Epoch of the learner that evaluates."""
+
+
+class EvaluationEnded(Struct, frozen=True, forbid_unknown_fields=True, tag="evaluation_ended/1"):
+    """The evaluation of a version ended: workers load the newest version again. Topic `control`."""
+
+    run: str
+    version: Version
+    writer: int
+    """See EvaluationStarted."""

@@ -11,7 +11,11 @@ from typing import Any, get_args
 import msgspec
 from msgspec import Struct
 
-from palimpsest.common.control_messages import ControlChanged as ControlChanged
+from palimpsest.common.control_messages import (
+    ControlChanged as ControlChanged,
+    EvaluationEnded as EvaluationEnded,
+    EvaluationStarted as EvaluationStarted,
+)
 from palimpsest.common.cut_messages import (
     CutReached as CutReached,
     CutReleased as CutReleased,
@@ -74,6 +78,8 @@ class DropReason(StrEnum):
     """Too few trajectories of its group arrived to compute a baseline."""
     EVEN_GROUP = "even_group"
     """All rewards of its group are equal, and learner.even_groups is "skip"."""
+    VERSION_PASSED = "version_passed"
+    """The worker no longer had the version that an evaluation states."""
 
 
 class GroupOffered(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="group_offered/1"):
@@ -95,6 +101,9 @@ class GroupOffered(Struct, frozen=True, forbid_unknown_fields=True, omit_default
     """Time limit in seconds. The learner drops trajectories that arrive later."""
     writer: int = 0
     """See VersionPublished. A learner continues the offers of the learners that it replaced."""
+    evaluation: bool = False
+    """An evaluation: exactly `version` samples every token, and no trajectory is trained on. `index` is the number of
+    the task. Releases without this field reject the offer."""
 
 
 class TrajectoryFinished(Struct, frozen=True, forbid_unknown_fields=True, tag="trajectory_finished/1"):
@@ -213,7 +222,9 @@ class DeadLetter(Struct, frozen=True, forbid_unknown_fields=True, tag="dead_lett
 
 
 Trajectory = TrajectoryFinished | TrajectoryDropped | SegmentFlushed
-Control = VersionPublished | CutRequested | CutReleased | RunFinished | ControlChanged
+Control = (
+    VersionPublished | CutRequested | CutReleased | RunFinished | ControlChanged | EvaluationStarted | EvaluationEnded
+)
 FromWorker = WorkerAlive | VersionApplied | CutReached
 OldLogprobs = OldLogprobsRequested | OldLogprobsComputed
 

@@ -93,6 +93,13 @@ def export(arguments: Sequence[str]) -> None:
         print(line, flush=True)
 
 
+def evaluate(arguments: Sequence[str]) -> None:
+    """Evaluate a version or a model on held-out tasks."""
+    from palimpsest.eval_command import command
+
+    command(arguments)
+
+
 def doctor(arguments: Sequence[str]) -> None:
     """Check this machine. Exits with 3 if a run cannot start."""
     from palimpsest.doctor.__main__ import main as examine
@@ -164,6 +171,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "check": (check, "print a run's configuration with every default filled in"),
     "report": (report, "rewrite the summary and the report of a run"),
     "export": (export, "write the trained model of a run as a Hugging Face folder"),
+    "eval": (evaluate, "evaluate a stored version or a model folder on held-out tasks"),
     "audit": (audit, "recompute the counts of a run from its stored data and print every disagreement"),
     "dead-letters": (dead_letters, "list or replay the records that could not be used"),
     "rescore": (rescore, "compare a recorded run's old log-probs with plain transformers"),

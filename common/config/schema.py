@@ -11,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from palimpsest.common import run_folder
 from palimpsest.common.config.bus import BusConfig
 from palimpsest.common.config.env_gateway import SESSION_LEASE_S, EnvGatewayConfig
+from palimpsest.common.config.evaluation import EvaluationConfig
 from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.config.section import FilePath, Positive, PositiveFloat, Section, Service, Share
 from palimpsest.common.config.tracking import TrackingConfig
@@ -252,6 +253,7 @@ class RunConfig(Section):
     env_gateway: EnvGatewayConfig = EnvGatewayConfig()
     rollout: RolloutConfig = RolloutConfig()
     learner: LearnerConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
     replica: ReplicaConfig = ReplicaConfig()
     local: LocalConfig = LocalConfig()
     logs: LogsConfig = LogsConfig()
@@ -296,6 +298,11 @@ class RunConfig(Section):
     def session_lease_s(self) -> float:
         """Lease of a session, in seconds."""
         return self.env_gateway.lease_s or min(SESSION_LEASE_S, self.tasks.time_limit_s)
+
+    @property
+    def evaluated_environments(self) -> tuple[str, ...]:
+        """Names of the environments that the run evaluates on."""
+        return self.evaluation.names(tuple(self.tasks.environments)) if self.evaluation.every else ()
 
     @property
     def environments_place(self) -> Literal["in_process", "gateway"]:

@@ -15,6 +15,7 @@ function showState(status) {
   at("run").textContent = `run ${status.run ?? ""}`;
   at("state").textContent = [`version ${status.version ?? "–"}`, `${status.trained_versions ?? 0} of ${status.versions ?? "–"} trained`,
     ...paused, status.waiting_for ? `waits for ${status.waiting_for}` : "training"].join(" · ");
+  at("evaluation").textContent = status.evaluation ? `held-out tasks: ${status.evaluation}` : "";
 }
 
 async function showPoints(status) {

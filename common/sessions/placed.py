@@ -16,12 +16,17 @@ def in_process(config: RunConfig) -> frozenset[str]:
     """Return the environments of the run that a worker steps in its own process."""
     if config.environments_place != "in_process":
         return frozenset()
-    return frozenset(config.tasks.environments) & frozenset(built_in())
+    return _environments(config) & frozenset(built_in())
 
 
 def needs_gateway(config: RunConfig) -> bool:
     """Return whether any environment of the run is stepped by the gateway."""
-    return bool(frozenset(config.tasks.environments) - in_process(config))
+    return bool(_environments(config) - in_process(config))
+
+
+def _environments(config: RunConfig) -> frozenset[str]:
+    """Return the environments that the run trains or evaluates on."""
+    return frozenset(config.tasks.environments) | frozenset(config.evaluated_environments)
 
 
 class PlacedSessions:

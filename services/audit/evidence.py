@@ -52,6 +52,10 @@ class Kind(StrEnum):
     FENCED_WRITER = "fenced_writer"
     """A replaced learner wrote after its successor started."""
     STORE_DAMAGED = "store_damaged"
+    EVALUATION_TRAINED = "evaluation_trained"
+    """A trajectory of an evaluation was trained on."""
+    EVALUATION = "evaluation"
+    """The result of an evaluation differs from the offers and records on the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,41 @@ class LoggedRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class EvaluationOffer:
+    """A task of an evaluation, on topic `tasks`."""
+
+    group: str
+    version: int
+    environment: str
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationRecord:
+    """A trajectory of an evaluation, on topic `trajectories`."""
+
+    trajectory: str
+    sound: bool = False
+    """Whether it is finished and valid for a learner."""
+    success: bool = False
+    versions: tuple[int, ...] = ()
+    """Versions of its tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationLine:
+    """An evaluation by evaluations.jsonl."""
+
+    version: int
+    offered: int
+    scored: int
+    dropped: Mapping[str, int]
+    dead_lettered: int
+    estimates: Mapping[str, tuple[float | None, float | None]]
+    """Environment -> avg@k, pass@k."""
+
+
+@dataclass(frozen=True, slots=True)
 class Letter:
     """A dead letter of topic `trajectories`."""
 
@@ -125,6 +164,8 @@ class LogContents:
 
     offers: tuple[Offer, ...] = ()
     arrivals: tuple[LoggedRecord, ...] = ()
+    evaluation_offers: tuple[EvaluationOffer, ...] = ()
+    evaluation_records: tuple[EvaluationRecord, ...] = ()
     letters: tuple[Letter, ...] = ()
     announced: tuple[Announced, ...] = ()
     """Versions that the learner announced, in order."""
@@ -175,6 +216,8 @@ class AuditedCheckpoint:
     ledger: LedgerState
     offsets: Mapping[int, int]
     task_offsets: Mapping[int, int]
+    evaluated: tuple[int, ...] = ()
+    """Versions whose evaluation had ended or was abandoned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +251,7 @@ class Evidence:
     """History lines that the checkpoint includes."""
     tail: tuple[Line, ...] = ()
     """History lines after the checkpoint; all lines if there is no checkpoint."""
+    evaluations: tuple[EvaluationLine, ...] = ()
     damaged: tuple[str, ...] = ()
     """One sentence for each damaged checkpoint that is newer than the one in force."""
     stored: tuple[Stored, ...] = ()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from palimpsest.common.messages import DEAD_LETTERS, TASKS, TRAJECTORIES
+from palimpsest.services.audit.evaluations import judge_evaluations
 from palimpsest.services.audit.evidence import Evidence, Finding, Kind
 from palimpsest.services.audit.ledger import judge_ends, judge_sums, recount
 from palimpsest.services.audit.recount import Recount
@@ -47,6 +48,7 @@ def judge(evidence: Evidence) -> Judgement:
         *judge_sums(evidence, counted),
         *judge_ends(evidence, counted),
         *judge_versions(evidence),
+        *judge_evaluations(evidence),
     ]
     return Judgement(tuple(findings), tuple(_collect_notes(evidence)), counted)
 

@@ -21,6 +21,7 @@ from palimpsest.common.bus.decoding import message_in
 from palimpsest.common.bus.offline import open_existing_bus, read_existing
 from palimpsest.common.bus.port import Bus, Record
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.evaluation.tasks import is_evaluation
 from palimpsest.common.messages import (
     CONTROL,
     DEAD_LETTERS,
@@ -39,7 +40,6 @@ from palimpsest.common.messages import (
 )
 from palimpsest.common.rejected_record import FOREIGN, RejectedRecord
 from palimpsest.common.trajectory import MalformedTrajectory
-from palimpsest.common.versions import Version
 from palimpsest.services.audit.evidence import (
     FINISHED,
     Announced,
@@ -53,15 +53,11 @@ from palimpsest.services.audit.evidence import (
     LoggedRecord,
     Offer,
 )
+from palimpsest.services.audit.read_evaluations import evaluation_offer, evaluation_record, read_evaluations
 from palimpsest.services.audit.read_store import CheckpointSearch, choose, read_candidates, read_versions
+from palimpsest.services.audit.validity import check_record
 from palimpsest.services.learner.control.state import ControlState
-from palimpsest.services.learner.ingest.validation import check_finished
 from palimpsest.services.snapshot_store.offline import StorageClaims, open_offline
-
-ANY_VOCABULARY = 2**31
-"""The audit loads no model: it accepts every token id of 31 bits."""
-ANY_VERSION = Version(1 << 62)
-"""Newest version passed to the validation of records; the history shows which versions were published by then."""
 
 
 class _Line(Struct):
@@ -114,6 +110,7 @@ def read(config: RunConfig, home: Path, *, quick: bool) -> Evidence:
             lines, tail, damage = read_history(path, body, checkpoints)
             log = read_log(bus, config.run.id)
             versions = runner.run(read_versions(storage, quick=quick))
+    evaluations, unreadable = read_evaluations(home)
     return Evidence(
         run=config.run.id,
         samples=config.tasks.samples_per_group,
@@ -123,12 +120,13 @@ def read(config: RunConfig, home: Path, *, quick: bool) -> Evidence:
         checkpoint=checkpoints.in_force,
         lines=tuple(lines),
         tail=tuple(tail),
+        evaluations=evaluations,
         damaged=checkpoints.damaged,
         stored=versions.stored,
         leases=versions.leases,
         epoch=candidates.epoch,
         commits=tuple((int(one.commit.version), one.commit.writer) for one in candidates.each),
-        faults=(*candidates.faults, *checkpoints.faults, *damage, *versions.faults),
+        faults=(*candidates.faults, *checkpoints.faults, *damage, *versions.faults, *unreadable),
         notes=("objects and checkpoints were not read and hashed (--quick)",) if quick else (),
     )
 
@@ -197,19 +195,33 @@ def read_log(bus: Bus, run: str) -> LogContents:
             for m in topics.read_messages(WORKERS)
             if isinstance(m, VersionApplied) and m.accepted
         ),
-        offers=tuple(
-            Offer(offer.group, offer.index, offer.samples, (offer.environment, offer.task_seed))
-            for offer in topics.read_messages(TASKS)
-        ),
-        arrivals=tuple(
-            _logged_record(record, message)
-            for record, message in topics.read_records(TRAJECTORIES)
-            if not isinstance(message, SegmentFlushed)  # another record has the end of the trajectory
-        ),
     )
+    log = _read_trajectories(topics, _read_offers(topics, log))
     return _read_letters(
         topics, replace(log, bounds=topics.bounds)
     )  # dead letters last: each is written before its record counts as read
+
+
+def _read_offers(topics: _Topics, log: LogContents) -> LogContents:
+    training, evaluations = [], []
+    for offer in topics.read_messages(TASKS):
+        if offer.evaluation:
+            evaluations.append(evaluation_offer(offer))
+        else:
+            training.append(Offer(offer.group, offer.index, offer.samples, (offer.environment, offer.task_seed)))
+    return replace(log, offers=tuple(training), evaluation_offers=tuple(evaluations))
+
+
+def _read_trajectories(topics: _Topics, log: LogContents) -> LogContents:
+    arrivals, evaluations = [], []
+    for record, message in topics.read_records(TRAJECTORIES):
+        if isinstance(message, SegmentFlushed):
+            continue  # another record has the end of the trajectory
+        if message is not None and is_evaluation(message.group):
+            evaluations.append(evaluation_record(message))
+        else:
+            arrivals.append(_logged_record(record, message))
+    return replace(log, arrivals=tuple(arrivals), evaluation_records=tuple(evaluations))
 
 
 def _rejected(bus: Bus, run: str, topic: str) -> set[tuple[int, int]]:
@@ -258,7 +270,7 @@ def _logged_record(record: Record, message: Any) -> LoggedRecord:
     if not isinstance(message, TrajectoryFinished):
         return LoggedRecord(record.partition, record.offset, message.trajectory, message.reason.value)
     try:
-        check_finished(message, ANY_VERSION, vocabulary=ANY_VOCABULARY)
+        check_record(message)
     except MalformedTrajectory:
         return LoggedRecord(record.partition, record.offset, message.trajectory, FINISHED, sound=False)
     tokens = Counter[int]()

@@ -230,4 +230,5 @@ def _audited_checkpoint(name: str, progress: Progress) -> AuditedCheckpoint:
         ledger=progress.ledger,
         offsets=progress.offsets,
         task_offsets=progress.task_offsets,
+        evaluated=tuple(map(int, progress.evaluation.evaluated)),
     )

@@ -1,9 +1,11 @@
 """Renders an audit as text and as JSON. Pure."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from palimpsest.common.messages import trajectory_id
+from palimpsest.services.audit.evaluations import sum_up
 from palimpsest.services.audit.evidence import Evidence, Stored
 from palimpsest.services.audit.judge import Judgement
 from palimpsest.services.audit.ledger import pending_by_sums
@@ -30,6 +32,7 @@ def to_text(evidence: Evidence, judgement: Judgement) -> Iterator[str]:
     yield f"Run {evidence.run}"
     yield ""
     yield from _format_trajectories(evidence, judgement)
+    yield from _format_evaluations(evidence)
     yield ""
     yield from _format_checkpoint(evidence)
     yield from _format_open_groups(evidence, judgement)
@@ -58,6 +61,7 @@ def to_json(evidence: Evidence, judgement: Judgement) -> dict[str, Any]:
         "findings": [{"kind": finding.kind, "sentence": finding.sentence} for finding in judgement.findings],
         "notes": list(judgement.notes),
         "trajectories": _sums(evidence, judgement),
+        "evaluations": asdict(sum_up(evidence)),
         "arrived": len(counted.arrived),
         "duplicates": counted.repeats,
         "repeated_offers": len(evidence.log.offers) - len({offer.group for offer in evidence.log.offers}),
@@ -110,6 +114,15 @@ def _format_trajectories(evidence: Evidence, judgement: Judgement) -> Iterator[s
     if causes := evidence.log.causes:
         numbers = ", ".join(f"{count:,} {cause}" for cause, count in causes.items())
         yield f"  dead letters: {numbers} (`palimpsest dead-letters list` has details)"
+
+
+def _format_evaluations(evidence: Evidence) -> Iterator[str]:
+    sums = sum_up(evidence)
+    if sums.offered:
+        yield (
+            f"evaluations    {sums.offered:,} offered = {sums.scored:,} scored + {sum(sums.dropped.values()):,} "
+            f"dropped + {sums.dead_lettered:,} dead-lettered + {sums.unscored:,} without a result"
+        )
 
 
 def _format_checkpoint(evidence: Evidence) -> Iterator[str]:

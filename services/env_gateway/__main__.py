@@ -52,8 +52,9 @@ def body(invocation: Invocation, stop: Stop) -> None:
             **plugins.entries(pool, plugged_in),
             **adapter_entries.entries(pool, adapters),
         }
-        plugins.check_tasks(invocation.config.tasks.environments, offered)
-        if any(offered[name].isolated for name in invocation.config.tasks.environments):
+        needed = (*invocation.config.tasks.environments, *invocation.config.evaluated_environments)
+        plugins.check_tasks(needed, offered)
+        if any(offered[name].isolated for name in needed):
             pool.warm()
         sessions = Sessions(offered, limits_of(invocation.config))
         stop.on_request(sessions.refuse_new)
@@ -72,7 +73,8 @@ def body(invocation: Invocation, stop: Stop) -> None:
 
 def _modules(config: RunConfig, plugged_in: Iterable[EnvironmentSpec]) -> tuple[str, ...]:
     """Return the modules that the fork server preloads: every plugin, and reasoning-gym if the run trains on it."""
-    uses_reasoning_gym = any(name.startswith(REASONING_GYM) for name in config.tasks.environments)
+    needed = (*config.tasks.environments, *config.evaluated_environments)
+    uses_reasoning_gym = any(name.startswith(REASONING_GYM) for name in needed)
     return (*sorted({blueprint.module for blueprint in plugged_in}), *(["reasoning_gym"] if uses_reasoning_gym else []))
 
 

@@ -21,6 +21,7 @@ from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints
 from palimpsest.services.learner.control.build import all_routes, build_control
 from palimpsest.services.learner.control.page_routes import PAGE_RULES
 from palimpsest.services.learner.control.routes import RULES
+from palimpsest.services.learner.evaluation.build import build_evaluator
 from palimpsest.services.learner.ingest.build import build_ingest
 from palimpsest.services.learner.ingest.offers import TaskSettings
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
@@ -51,24 +52,21 @@ def run_coordinator(
 ) -> None:
     """Run the loop until all versions are done or a stop is requested. forward: scores with the policy."""
     server.doing = "the log to be opened"
-    learner, tasks, model = config.learner, config.tasks, training.policy.model
+    learner, model = config.learner, training.policy.model
     writer, bus, scores = Writer(store), open_bus(config), ScoreStore()
-    ledger: TrajectoryLedger[ReceivedTrajectory] = TrajectoryLedger(
-        samples=tasks.samples_per_group,
-        groups_per_batch=learner.groups_per_batch,
-        max_staleness=learner.max_staleness,
-        time_limit_s=tasks.time_limit_s,
-        max_overtaking=None if learner.max_overtaking == "unlimited" else learner.max_overtaking,
-    )
+    settings = _task_settings(config)
+    tracking = build_tracking(config)
+    evaluator = build_evaluator(config, settings.sampling, bus, store, writer, (tracking.of_evaluations,))
     ingest = build_ingest(
         bus,
-        ledger,
-        _task_settings(config),
+        _ledger(config),
+        settings,
         run=config.run.id,
         vocabulary=vocabulary_size(model),
         confirm=writer.confirm,
         epoch=lambda: writer.epoch,
         control=ControlCheck(store),
+        evaluations=evaluator,
         keep_flushed=PROXIMAL_KINDS[learner.proximal.kind].cuts_workers,
         on_resolved=scores.forget,
     )
@@ -93,10 +91,11 @@ def run_coordinator(
     report_free_bytes("checkpoints", config.checkpoint_folder)
     checkpoints = Checkpoints(config.checkpoint_folder, writer, keep=learner.checkpoint.keep)
     feed, watch = PageFeed(), WorkerWatch(lambda: open_bus(config), run=config.run.id)
-    tracking = build_tracking(config)
     records = _records(config, (feed, tracking))
     desk, control = build_control(config, bus, store, publisher, writer)
-    loop = Loop(config, training, ingest, exact, Outputs(writer, publisher, checkpoints), records, control, stop)
+    loop = Loop(
+        config, training, ingest, exact, Outputs(writer, publisher, checkpoints, evaluator), records, control, stop
+    )
     seen = loop.status
     server.show_service(
         ready=seen.not_ready,
@@ -121,6 +120,17 @@ def run_coordinator(
     ingest.close()
     bus.close()
     logger().info("done" if done else "stopped", **ingest.ledger.counts())
+
+
+def _ledger(config: RunConfig) -> TrajectoryLedger[ReceivedTrajectory]:
+    learner = config.learner
+    return TrajectoryLedger(
+        samples=config.tasks.samples_per_group,
+        groups_per_batch=learner.groups_per_batch,
+        max_staleness=learner.max_staleness,
+        time_limit_s=config.tasks.time_limit_s,
+        max_overtaking=None if learner.max_overtaking == "unlimited" else learner.max_overtaking,
+    )
 
 
 def _records(config: RunConfig, followers: Sequence[HistoryFollower]) -> Records:

@@ -69,7 +69,7 @@ class Loop:
         self._trainer, self._policy = training.trainer, training.policy
         self._state, self._ranks = training.state, training.ranks
         self._ledger, self._reader, self._tasks, self._ingest = ingest.ledger, ingest.reader, ingest.tasks, ingest
-        self._route, self._records, self._stop = route, records, stop
+        self._route, self._records, self._stop, self._evaluator = route, records, stop, outputs.evaluator
         self._writer, self._publisher, self._checkpoints = outputs.writer, outputs.publisher, outputs.checkpoints
         self.version, self._digest, self.trained_versions = Version(0), "", 0
         self._seconds_before, self._started = 0.0, time.monotonic()
@@ -95,6 +95,7 @@ class Loop:
             self._ledger.restore(progress.ledger, now=time.monotonic())
             self._ingest.start(progress.offsets, progress.task_offsets, progress.score_offsets, now=time.monotonic())
             history_bytes, control = progress.history_bytes, progress.control
+            self._evaluator.restore(progress.evaluation, progress.task_offsets)
             self.version, self.trained_versions = progress.version, progress.trained_versions
             self._seconds_before = progress.seconds
             logger().info(
@@ -107,6 +108,7 @@ class Loop:
         self._records.reporter.start()
         manifest = self._publisher.republish(self.version, now=time.time())
         self.version, self._digest = manifest.version, manifest.digest
+        self._evaluator.start(self.version, self.trained_versions)
         self._route.start()
         self.status.published(self.version)
         self.update_status()
@@ -124,16 +126,28 @@ class Loop:
         return done
 
     def _train_versions(self) -> bool:
-        while self.trained_versions < self._config.versions:
-            batch = self._next_batch()
-            if batch is None:
+        while self.trained_versions < self._config.versions or self._evaluates_last():
+            batch = self._next_batch() if self.trained_versions < self._config.versions else None
+            if batch is not None:
+                self._train(*batch)
+            elif self._stop.requested:
                 self._checkpoint()
                 self._route.release()
                 return False
-            self._train(*batch)
         self._checkpoint()
         self._publisher.finish(self.version, trained=self.trained_versions)
         return True
+
+    def _evaluates_last(self) -> bool:
+        """Evaluate the last version until what has arrived is read. Return whether its evaluation has not ended."""
+        self._evaluator.work(self.version, self.trained_versions, self._config.versions)
+        if self._evaluator.in_progress:
+            self._confirm_periodically()
+            self._control.at_safe_point(self)
+            self._reader.read_all(self.version, timeout_s=POLL_S)
+            self.status.waiting_for = self._evaluator.status()
+            self.update_status()
+        return self._evaluator.in_progress
 
     def update_status(self) -> None:
         """Report the present state to the HTTP thread and to Prometheus."""
@@ -147,6 +161,7 @@ class Loop:
             versions=self._config.versions,
             settings=self._control.current.generation,
             paused=self._control.state().paused,
+            evaluation=self._evaluator.status() or self._evaluator.result(),
             last=self._last_line,
         )
 
@@ -166,10 +181,13 @@ class Loop:
                 self._drops.drop_unusable(self.version, now=time.monotonic())
                 if not self._control.paused_by("offers"):
                     self._tasks.offer(self.version, now=time.monotonic())
+                self._evaluator.work(self.version, self.trained_versions, self._config.versions)
+                evaluates = not self._evaluator.permits_training(self.trained_versions, self._config.versions)
                 complete_at = time.monotonic()
                 paused_by = self._control.paused_by("training")
                 if (
                     not paused_by
+                    and not evaluates
                     and (ready := self._ledger.peek_batch(self.version))
                     and (rows := self._attach_old_logprobs(ready)) is not None
                 ):
@@ -184,7 +202,8 @@ class Loop:
                     self._drops.end_if_hopeless(dropped_before)
                 self.update_status()
                 trajectories = f"trajectories: {self._ledger.complete()} of {needed} groups are complete"
-                self.status.waiting_for = f"resume: {paused_by} paused the training" if paused_by else trajectories
+                waiting = self._evaluator.status() if evaluates else trajectories
+                self.status.waiting_for = f"resume: {paused_by} paused the training" if paused_by else waiting
         return None
 
     def _adapt(self, *, waited_s: float, now: float) -> None:
@@ -196,14 +215,9 @@ class Loop:
 
     def _attach_old_logprobs(self, batch: list[ReadyGroup[ReceivedTrajectory]]) -> list[list[Row]] | None:
         """Return the rows of each group with the available old log-probs; None if a stop or a change is requested."""
-        lowest = self._ledger.bound.lowest(self.version)
+        lowest, kind = self._ledger.bound.lowest(self.version), self._config.advantages.kind
         groups = [
-            to_rows(
-                [arrived.record for arrived in group.items],
-                self._config.advantages.kind,
-                lowest=lowest,
-                baseline=[arrived.record for arrived in group.stale],
-            )
+            to_rows([one.record for one in group.items], kind, lowest=lowest, baseline=[o.record for o in group.stale])
             for group in batch
         ]
         self.status.waiting_for = "old log-probs of the batch"
@@ -258,17 +272,11 @@ class Loop:
         for phase, seconds in (phases := self._phases.take()).items():
             instruments.PHASE_SECONDS.labels(phase).observe(seconds)
         self._last_line = self._records.reporter.line(
-            batch,
-            trained,
-            seconds=self._seconds(),
-            phases=phases,
-            learning_rate=self._policy.learning_rate,
-            counts=self._ledger.counts(),
-            sampled_tokens=self._reader.sampled_tokens,
-            skipped_even=self._drops.take_skipped(),
-            token_fates=self._drops.fates.take(),
+            batch, trained, seconds=self._seconds(), phases=phases, learning_rate=self._policy.learning_rate,
+            counts=self._ledger.counts(), sampled_tokens=self._reader.sampled_tokens,
+            skipped_even=self._drops.take_skipped(), token_fates=self._drops.fates.take(),
             oldest_live_s=self._ledger.oldest_live_age(now=time.monotonic()),
-        )
+        )  # fmt: skip
         self._last_line["settings"] = self._control.current.generation
         self._history.add(self._last_line)
         export_to_prometheus(self._last_line)
@@ -317,25 +325,14 @@ class Loop:
         self._publisher.keep_from(self._ledger.bound.lowest(needed))
 
     def _checkpoint(self) -> bool:
-        return self._checkpoints.save(
-            Progress(
-                schema=SCHEMA,
-                run=self._run,
-                writer=self._writer.epoch,
-                version=self.version,
-                digest=self._digest,
-                trained_versions=self.trained_versions,
-                optimizer_steps=self._policy.steps,
-                ledger=self._ledger.state(),
-                offsets=self._reader.offsets(),
-                task_offsets=self._tasks.offsets(),
-                score_offsets=self._tasks.score_offsets(),
-                history_bytes=self._history.length,
-                seconds=self._seconds(),
-                control=self._control.state(),
-            ),
-            self._policy.state() | self._state.state(),
-        )
+        progress = Progress(
+            schema=SCHEMA, run=self._run, writer=self._writer.epoch, version=self.version, digest=self._digest,
+            trained_versions=self.trained_versions, optimizer_steps=self._policy.steps, ledger=self._ledger.state(),
+            offsets=self._reader.offsets(), task_offsets=self._tasks.offsets(),
+            score_offsets=self._tasks.score_offsets(), history_bytes=self._history.length, seconds=self._seconds(),
+            control=self._control.state(), evaluation=self._evaluator.state(),
+        )  # fmt: skip
+        return self._checkpoints.save(progress, self._policy.state() | self._state.state())
 
     def _confirm_periodically(self) -> None:
         if time.monotonic() - self._confirmed > CONFIRM_S:

@@ -7,6 +7,7 @@ from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.snapshots.writer import Writer
 from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints
 from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.evaluation.evaluator import Evaluator
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.observability.alerts import VersionReporter
 from palimpsest.services.learner.observability.batch_dump import BatchDump
@@ -29,11 +30,13 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Writers of versions and checkpoints. The store refuses their writes after another learner took the run."""
+    """Writers of versions, checkpoints and evaluations. The store refuses their writes after another learner took the
+    run."""
 
     writer: Writer
     publisher: Publisher
     checkpoints: Checkpoints
+    evaluator: Evaluator
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,6 +81,8 @@ class State:
     """Number of trajectories that arrived and are not trained on yet."""
     ledger: Mapping[str, Any]
     warnings: tuple[str, ...]
+    evaluation: str = ""
+    """The evaluation in progress, or the result of the newest."""
 
 
 def state(
@@ -116,6 +118,7 @@ def state(
             else _service(plan, name, seen, sight.applied, outages, crashes, now=now, ending=ending)
             for name, seen in sight.services.items()
         ),
+        evaluation=str(learner.get("evaluation", "")),
         success=trained.success,
         reward=trained.reward,
         last=last,

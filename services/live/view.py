@@ -219,7 +219,11 @@ def _learning(state: State, width: int) -> ViewSection:
         curve = sparkline(values, max(8, width - 29))
         first = Text(f"from {values[0]:.3f}", style=DIM)
         grid.add_row(name, Text(f"{now:.3f}", style="bold"), Text(curve, style=GOOD), first)
-    return ViewSection(f"learning (numbers: the newest {RECENT} versions)", grid, 2, 2)
+    title = f"learning (numbers: the newest {RECENT} versions)"
+    if not state.evaluation:
+        return ViewSection(title, grid, 2, 2)
+    held_out = Text(f"held-out  {state.evaluation}", no_wrap=True, overflow="ellipsis")
+    return ViewSection(title, Group(grid, held_out), 3, 2)
 
 
 def _flow(state: State) -> ViewSection:

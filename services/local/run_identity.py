@@ -16,6 +16,11 @@ IDENTITY = (
     "tasks.environments",
     "tasks.samples_per_group",
     "tasks.seeds",
+    "evaluation.environments",
+    "evaluation.split",
+    "evaluation.tasks",
+    "evaluation.samples",
+    "evaluation.temperature",
     "sampling",
     "bus.kind",
     "bus.path",
@@ -45,6 +50,8 @@ IDENTITY = (
 )
 """Model, data, formulas, and the place of the log."""
 CHANGEABLE = (
+    "evaluation.every",
+    "evaluation.time_limit_s",
     # names and places
     "run.id",
     "run.folder",

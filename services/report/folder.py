@@ -21,6 +21,8 @@ from palimpsest.common.bus.offline import open_existing_bus, read_existing
 from palimpsest.common.bus.port import Bus
 from palimpsest.common.config import load
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.evaluation.lines import evaluation_lines
+from palimpsest.common.evaluation.tasks import is_evaluation
 from palimpsest.common.messages import (
     CONTROL,
     DEAD_LETTERS,
@@ -93,6 +95,8 @@ class Contents:
     checkpoint: CheckpointSummary | None = None
     seconds: Seconds | None = None
     log: LogSummary = field(default_factory=LogSummary)
+    evaluations: tuple[dict[str, Any], ...] = ()
+    """Lines of evaluations.jsonl."""
 
 
 def contents(folder: Path) -> Contents:
@@ -106,6 +110,7 @@ def contents(folder: Path) -> Contents:
         checkpoint=checkpoint,
         seconds=read_seconds(folder / run_folder.SECONDS),
         log=_read_log(config),
+        evaluations=tuple(evaluation_lines(folder)),
     )
 
 
@@ -176,7 +181,8 @@ def _read(bus: Bus, config: RunConfig) -> LogSummary:
                 alive.append(message)
             case VersionApplied():
                 applied.append(message)
-    offered = sum(message.samples for _, message in _messages(bus, TASKS, config.run.id))
+    offers = (message for _, message in _messages(bus, TASKS, config.run.id))
+    offered = sum(message.samples for message in offers if not message.evaluation)
     log = LogSummary(
         tuple(alive),
         tuple(applied),
@@ -199,6 +205,8 @@ def _count_trajectories(bus: Bus, run: str, log: LogSummary) -> LogSummary:
     known: set[str] = set()
     for length, message in _messages(bus, TRAJECTORIES, run):
         size += length
+        if is_evaluation(message.group):
+            continue  # not of the training
         if isinstance(message, SegmentFlushed):
             continue  # its tokens occur again in the record of the trajectory's end
         records += 1

@@ -15,6 +15,7 @@ from palimpsest.common.page.records import TrajectoryTokens
 from palimpsest.common.text import count, duration
 from palimpsest.services.report.changes import changes_figure
 from palimpsest.services.report.charts import Figure
+from palimpsest.services.report.evaluations import evaluations_figure
 from palimpsest.services.report.folder import Line
 from palimpsest.services.report.style import SCRIPT
 
@@ -54,6 +55,7 @@ def page(
 </section>
 <section id="figures" class="figures"></section>
 <section class="figures">
+{evaluations_figure(summary["evaluations"])}
 {_trajectories(trajectories)}
 {changes_figure(summary["changes"])}
 {_alerts(summary["alerts"], summary["versions"], summary["unknown_alerts"])}

@@ -47,6 +47,8 @@ def summarize(contents: Contents) -> dict[str, Any]:
             "duplicates": contents.log.duplicates if contents.log.records else None,
             "dead_letters": contents.log.dead_letters,
             "changes": change_list(contents.log.changes),
+            "evaluations": list(contents.evaluations),
+            "best_version": contents.evaluations[-1]["best"] if contents.evaluations else None,
         }
         | _learning(lines)
         | _policies(lines)

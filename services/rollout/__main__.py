@@ -6,7 +6,7 @@ import os
 from palimpsest.common import run_folder
 from palimpsest.common.bus.factory import open_bus
 from palimpsest.common.config import Invocation
-from palimpsest.common.config.schema import RunConfig, ScriptedEngineConfig
+from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.control.credentials import open_access
 from palimpsest.common.control.drain import RULES, drain_routes
 from palimpsest.common.metrics import REGISTRY
@@ -24,15 +24,13 @@ from palimpsest.common.snapshots.held_name import HeldName
 from palimpsest.common.trajectory_limit import trajectory_limit
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
-from palimpsest.services.rollout.engine.port import Engine, EngineDead
+from palimpsest.services.rollout.engine.build import build_engine
+from palimpsest.services.rollout.engine.port import EngineDead
 from palimpsest.services.rollout.engine.required import required
-from palimpsest.services.rollout.seeds import engine_seed
 from palimpsest.services.rollout.trajectory_sampler import Tally, TrajectorySampler
 from palimpsest.services.rollout.weights import WeightSync
 from palimpsest.services.rollout.worker import Worker
 
-FIRST_CANARY_TOKENS = 64
-"""Length in tokens of the random canary sequence of the learner's first version."""
 ENVIRONMENT_MARGIN_S = 30.0
 """The client's timeout is this many seconds longer than the gateway's limit for a step."""
 
@@ -53,7 +51,7 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
     )
     refuse_tokenizer(config.model.path, template=dialogue.template)
     limit = trajectory_limit(config)
-    engine = _engine(config, dialogue, limit.tokens)
+    engine = build_engine(config, dialogue, limit.tokens)
     server.doing = "the log to be opened"
     bus = open_bus(config)
     async with _sessions(config) as sessions:
@@ -73,6 +71,7 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
                 run=config.run.id, name=rollout.worker, bus=bus, sampler=sampler, weights=weights,
                 max_live=rollout.max_live, limit=limit, samples=config.tasks.samples_per_group,
                 versions=config.learner.versions,
+                evaluation_samples=config.evaluation.samples if config.evaluation.every else 0,
                 control=ControlCheck(store),
             )  # fmt: skip
             loop = asyncio.get_running_loop()
@@ -119,24 +118,6 @@ def _sessions(config: RunConfig) -> PlacedSessions:
     )
     local = InProcessSessions(Sessions(built_in(), limits_of(config)))
     return PlacedSessions(local, gateway, in_process=in_process(config))
-
-
-def _engine(config: RunConfig, dialogue: ChatRenderer, longest: int) -> Engine:
-    chosen = config.rollout.engine
-    if isinstance(chosen, ScriptedEngineConfig):
-        from palimpsest.services.rollout.engine.scripted import ScriptedEngine
-
-        return ScriptedEngine(chosen, encode=dialogue.encode)
-    from palimpsest.services.rollout.engine.vllm import VllmEngine
-
-    return VllmEngine(
-        chosen,
-        model=config.model.path,
-        max_tokens=max(longest, FIRST_CANARY_TOKENS) + 1,  # scoring samples one token
-        max_live=config.rollout.max_live,
-        seed=engine_seed(config.run.seed, config.rollout.worker),
-        log=run_folder.engine_log_file(config.run.home, config.rollout.worker),
-    )
 
 
 if __name__ == "__main__":

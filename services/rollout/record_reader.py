@@ -7,6 +7,7 @@ from typing import Any
 
 from palimpsest.common.bus.decoding import dead_letter, message_in
 from palimpsest.common.bus.port import Record
+from palimpsest.common.evaluation.tasks import is_evaluation
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import Control, GroupOffered
 from palimpsest.common.rejected_record import RejectCause, RejectedRecord
@@ -22,11 +23,18 @@ class RecordReader:
     """Reads the records of one run.
 
     control: checks that they are of the learner that has the run. limit: of the trajectories of this worker. samples:
-    most trajectories of a group.
+    most trajectories of a group, and of one of an evaluation.
     """
 
     def __init__(
-        self, run: str, outbox: Outbox, control: ControlCheck, limit: TrajectoryLimit, *, samples: int, worker: str
+        self,
+        run: str,
+        outbox: Outbox,
+        control: ControlCheck,
+        limit: TrajectoryLimit,
+        *,
+        samples: tuple[int, int],
+        worker: str,
     ) -> None:
         self._run, self._outbox, self._control = run, outbox, control
         self._limit, self._samples, self._worker = limit, samples, worker
@@ -81,11 +89,17 @@ class RecordReader:
         return found is not None and await asyncio.to_thread(self._control.is_newest, found.writer)
 
     def _check_samples(self, offer: GroupOffered) -> None:
-        if offer.samples > self._samples:
+        most = self._samples[offer.evaluation]
+        key = "evaluation.samples" if offer.evaluation else "tasks.samples_per_group"
+        if offer.samples > most:
             raise RejectedRecord(
                 RejectCause.OUT_OF_RANGE,
-                f"group {offer.group}: samples is {offer.samples}; tasks.samples_per_group is {self._samples} on "
-                f"{self._worker}",
+                f"group {offer.group}: samples is {offer.samples}; {key} is {most} on {self._worker}",
+            )
+        if offer.evaluation != is_evaluation(offer.group):
+            raise RejectedRecord(
+                RejectCause.CONTRADICTS_OFFER,
+                f"group {offer.group[:32]}: evaluation is {offer.evaluation}, but its id says otherwise",
             )
 
     def _check_limit(self, offer: GroupOffered) -> None:

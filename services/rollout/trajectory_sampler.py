@@ -171,6 +171,10 @@ class TrajectorySampler:
 
     def _finished_record(self, live: InFlightTrajectory, session: Session, step: Step) -> Ended:
         group, assembly = live.group, live.assembly
+        if group.evaluation and any(segment.version != group.version for segment in assembly.segments):
+            versions = sorted({segment.version for segment in assembly.segments})
+            detail = f"versions {versions} sampled its tokens, but version {group.version} is evaluated"
+            return self._dropped_record(group, live.trajectory, DropReason.VERSION_PASSED, detail)
         if step.reward is None or step.success is None:
             message = step.error.message if step.error else f"the session ended as {step.status} without a reward"
             raise SessionFailed(step.error.code if step.error else step.status.value, message)

@@ -61,6 +61,8 @@ class WeightSync:
         finds only verified tokens on the engine."""
         self._loaded = self._held = Version(-1)
         self._still_since: float | None = None
+        self._evaluated: Version | None = None
+        """Version that an evaluation needs; None without one."""
         self.verified = Version(-1)
         """Newest version that the canaries verified; -1 before the first."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +81,22 @@ class WeightSync:
         """Wait until the version is verified."""
         async with self._change:
             await self._change.wait_for(lambda: self.verified >= version)
+
+    async def wait_unless_evaluating(self, version: Version) -> bool:
+        """Wait until the version is verified. Return False as soon as an evaluation needs an older one."""
+        async with self._change:
+            await self._change.wait_for(lambda: self.verified >= version or self._is_after_evaluated(version))
+            return self.verified >= version
+
+    async def evaluate(self, version: Version | None) -> None:
+        """Load no version after this one, which an evaluation needs. None: the evaluation has ended."""
+        async with self._change:
+            self._evaluated = version
+            self._change.notify_all()
+        self._announced.set()  # a later version may be loadable now
+
+    def _is_after_evaluated(self, version: Version) -> bool:
+        return self._evaluated is not None and version > self._evaluated
 
     async def wait_first_version(self) -> None:
         """Wait until the first version is verified."""
@@ -117,7 +135,7 @@ class WeightSync:
         while True:
             await self._announced.wait()
             self._announced.clear()
-            version = self._newest
+            version = self._newest if self._evaluated is None else min(self._newest, self._evaluated)
             if version <= max(self.verified, self._held):
                 continue
             weights = await self._fetch(version)

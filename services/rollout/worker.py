@@ -2,10 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from palimpsest.common.bus.port import Bus, Record
 from palimpsest.common.instruments import HEARTBEAT, AgeGauge
@@ -14,6 +13,8 @@ from palimpsest.common.messages import (
     CONTROL,
     TASKS,
     ControlChanged,
+    EvaluationEnded,
+    EvaluationStarted,
     GroupOffered,
     RunFinished,
     VersionApplied,
@@ -30,10 +31,12 @@ from palimpsest.common.versions import Version
 from palimpsest.services.rollout import instruments
 from palimpsest.services.rollout.async_consumer import AsyncConsumer
 from palimpsest.services.rollout.cut_responder import CutResponder
+from palimpsest.services.rollout.evaluations import WorkerEvaluations
 from palimpsest.services.rollout.live_settings import LiveSettings
 from palimpsest.services.rollout.outbox import Outbox
 from palimpsest.services.rollout.record_reader import RecordReader
 from palimpsest.services.rollout.slots import Slots
+from palimpsest.services.rollout.task_sets import cancel_all, wait_first
 from palimpsest.services.rollout.trajectory_sampler import TrajectorySampler
 from palimpsest.services.rollout.weights import UpdateResult, WeightSync
 
@@ -71,18 +74,22 @@ class Worker:
         limit: TrajectoryLimit,
         samples: int,
         versions: int,
+        evaluation_samples: int = 0,
         control: ControlCheck,
     ) -> None:
-        """samples: most trajectories of a group. versions: of the run. control: checks that records are of the learner
-        that has the run."""
+        """samples, evaluation_samples: most trajectories of a group, and of one of an evaluation (0: the run has none).
+        versions: of the run. control: checks that records are of the learner that has the run."""
         self._run, self._name, self._bus = run, name, bus
         self._sampler, self._weights = sampler, weights
         self._slots, self._end = Slots(max_live), RunEnd(versions)
         self._settings = LiveSettings(self._slots, max_live=max_live)
+        self._evaluations = WorkerEvaluations(weights.evaluate, self.fail)
         self._samples = max_live
         """Trajectories of the last group. At first a single group is taken."""
         self._outbox = Outbox(bus)
-        self._reader = RecordReader(run, self._outbox, control, limit, samples=samples, worker=name)
+        self._reader = RecordReader(
+            run, self._outbox, control, limit, samples=(samples, evaluation_samples), worker=name
+        )
         self._interruption = CutResponder(
             run=run, worker=name, engine=sampler.engine, live=sampler.live, weights=weights, outbox=self._outbox
         )
@@ -139,16 +146,11 @@ class Worker:
         """Publish the outcome of an update."""
         self._outbox.put_from_worker(
             VersionApplied(
-                run=self._run,
-                worker=self._name,
-                version=applied.manifest.version,
-                digest=applied.manifest.digest,
-                accepted=applied.accepted,
-                canary_error=min(applied.canary_error, 1e9),
-                pause_s=applied.pause_s,
+                run=self._run, worker=self._name, version=applied.manifest.version, digest=applied.manifest.digest,
+                accepted=applied.accepted, canary_error=min(applied.canary_error, 1e9), pause_s=applied.pause_s,
                 live=self._counts.live,
             )
-        )
+        )  # fmt: skip
 
     async def work(self) -> None:
         """Sample trajectories until the run ends.
@@ -170,17 +172,17 @@ class Worker:
             taking = asyncio.create_task(self._take(tasks))
             stopping = asyncio.create_task(self._stopping.wait())
             try:
-                await _wait_first({*running, taking, stopping})
-                await _cancel_all({taking})
+                await wait_first({*running, taking, stopping})
+                await cancel_all({taking, *self._evaluations.deferred})
                 running.add(asyncio.create_task(self._drain(publishing)))
-                await _wait_first(running)
+                await wait_first(running)
                 await self._commit(tasks)
             except Exception:
                 taking.cancel()
                 await self._flush_outbox(publishing)
                 raise
             finally:
-                await _cancel_all({*running, taking, stopping, *self._live})
+                await cancel_all({*running, taking, stopping, *self._live, *self._evaluations.deferred})
 
     async def _heartbeat_loop(self) -> None:
         """Publish heartbeats."""
@@ -225,8 +227,11 @@ class Worker:
                 match message:
                     case VersionPublished():
                         newest = max(newest, message.version)
+                        await self._evaluations.observe(message)
                     case ControlChanged(what="settings"):
                         self._settings.use(message)
+                    case EvaluationStarted() | EvaluationEnded():
+                        await self._evaluations.observe(message)
                     case RunFinished() if record.offset >= known[record.partition]:
                         logger().info("run finished", version=message.version)
                         self.stop()
@@ -281,7 +286,14 @@ class Worker:
         group = await self._reader.read_offer(record, resolve, history=known)
         if group is None:
             return
-        await self._weights.wait_verified(group.version)
+        if await self._weights.wait_unless_evaluating(group.version):
+            await self._start_samples(group, resolve)
+        else:  # evaluations behind it must not wait for it
+            self._evaluations.defer(
+                self._weights.wait_verified(group.version), lambda: self._start_samples(group, resolve)
+            )
+
+    async def _start_samples(self, group: GroupOffered, resolve: Callable[[], None]) -> None:
         self._waiting_for = None
         left = self._samples = group.samples
 
@@ -329,17 +341,3 @@ class Worker:
             self._counts.idle_since = None
         elif not self._counts.live and self._counts.ready:
             self._counts.idle_since = now
-
-
-async def _wait_first(tasks: "Collection[asyncio.Task[Any]]") -> None:
-    """Wait until one of the tasks ends. Raises its error."""
-    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in done:
-        task.result()
-
-
-async def _cancel_all(tasks: "Collection[asyncio.Task[Any]]") -> None:
-    """Cancel the tasks and wait until they end."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

@@ -4,7 +4,7 @@ PUT    /v1/pins/{version}    {"name": text, "seconds": number or null}: keep the
 DELETE /v1/pins/{version}    ?name=text: release the pin; 404 pin_missing
 GET    /v1/pins              version -> name -> end in Unix seconds, null without an end
 
-A change needs the role `operate`.
+A change needs the role `operate`, or `service`: the learner pins the version with the best evaluation.
 """
 
 from typing import Annotated
@@ -23,8 +23,8 @@ from palimpsest.services.snapshot_store.catalog import Catalog
 from palimpsest.services.snapshot_store.pins import TooManyPins
 
 RULES = (
-    AccessRule("PUT", "/v1/pins/", (Role.OPERATE,)),
-    AccessRule("DELETE", "/v1/pins/", (Role.OPERATE,)),
+    AccessRule("PUT", "/v1/pins/", (Role.OPERATE, Role.SERVICE)),
+    AccessRule("DELETE", "/v1/pins/", (Role.OPERATE, Role.SERVICE)),
     AccessRule("GET", "/v1/pins", (Role.VIEW,)),
 )
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"

@@ -13,6 +13,7 @@ PRINTS = {
     "__main__.py",
     "cli.py",
     "env_command.py",
+    "eval_command.py",
     "run.py",
     "rescore_command.py",
     "token_command.py",

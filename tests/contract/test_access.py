@@ -75,7 +75,7 @@ async def test_a_stranger_and_a_wrong_role_are_refused(
     if path.startswith("/v1/actions/"):
         permitted = {Role.OPERATE, Role.TUNE}
     if path.startswith("/v1/pins"):
-        permitted = set(Role) if method == "GET" else {Role.OPERATE, Role.TUNE}
+        permitted = set(Role) if method == "GET" else {Role.OPERATE, Role.TUNE, Role.SERVICE}
     if (method, path) == ("PATCH", "/v1/settings"):
         permitted = {Role.TUNE}
     assert {role for role in Role if answers[role] not in (401, 403)} == permitted

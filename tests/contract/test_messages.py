@@ -29,6 +29,8 @@ from palimpsest.common.messages import (
     DeadLetter,
     DropReason,
     Ending,
+    EvaluationEnded,
+    EvaluationStarted,
     GroupOffered,
     OldLogprobsComputed,
     OldLogprobsRequested,
@@ -105,6 +107,8 @@ CHANGED = ControlChanged(
     before={"learner.optimizer.lr": 1e-6}, after={"learner.optimizer.lr": 2e-6}, generation=1, version=Version(9),
     next_group=40, asked_at=1700000000.5, applies_from="next version",
 )  # fmt: skip
+EVALUATION_STARTED = EvaluationStarted(run="first", version=Version(300), writer=7)
+EVALUATION_ENDED = EvaluationEnded(run="first", version=Version(300), writer=7)
 CUT_RELEASED = CutReleased(run="first", cut=12)
 CUT_REACHED = CutReached(
     run="first", worker="worker-0", cut=12, version=-1, positions={0: 17, 3: 300}, flushed=2, pause_s=0.25,
@@ -124,6 +128,9 @@ OF_WRITER = {"writer": 7}
 WRITTEN: dict[str, tuple[str, msgspec.Struct]] = {
     "group_offered-1": (TASKS, OFFERED),
     "group_offered-1.writer": (TASKS, msgspec.structs.replace(OFFERED, **OF_WRITER)),
+    "group_offered-1.evaluation": (TASKS, msgspec.structs.replace(OFFERED, group="e000003-000007", evaluation=True)),
+    "evaluation_started-1": (CONTROL, EVALUATION_STARTED),
+    "evaluation_ended-1": (CONTROL, EVALUATION_ENDED),
     "trajectory_finished-1": (TRAJECTORIES, FINISHED),
     "trajectory_dropped-1": (TRAJECTORIES, DROPPED),
     "segment_flushed-1": (TRAJECTORIES, FLUSHED),
@@ -221,7 +228,7 @@ def test_an_unknown_field_is_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize("name", WRITTEN)
 def test_every_missing_field_is_refused_by_name(name: str) -> None:
     topic, record = WRITTEN[name]
-    for missing in fields(record).keys() - {"type", "writer", "versions"}:
+    for missing in fields(record).keys() - {"type", "writer", "versions", "evaluation"}:
         with pytest.raises(Undecodable, match=f"^{topic}: .*{missing}"):
             decode(topic, msgspec.msgpack.encode({k: v for k, v in fields(record).items() if k != missing}))
 

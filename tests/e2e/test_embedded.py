@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from palimpsest.common.evaluation.estimates import parse_results
+from palimpsest.common.evaluation.lines import evaluation_lines
 from palimpsest.rescore import Models, rescore
 from tests.processes.waiting import LIMIT_S
 from tests.runs.run_process import RunProcess, check_ledger, check_whole_groups, history
@@ -47,6 +49,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         f"--model.path={starting_model}",
         "--learner.record=true",
         "--learner.checkpoint.keep=1000",
+        "--evaluation.every=100",
+        "--evaluation.tasks=24",
         *shorter,
     )
     code, output = process.finish(within_s=4 * LIMIT_S)
@@ -90,6 +94,22 @@ def test_old_log_probs_equal_plain_transformers(run: Run, starting_model: Path) 
     assert max(exact.values()) < 0.01, "discrepancy is engine noise at every staleness"
     for staleness in aged:
         assert recomputed[staleness] > 5 * exact[staleness], "the error of current weights grows with staleness"
+
+
+def test_held_out_tasks_are_evaluated_with_one_version_each(run: Run) -> None:
+    """The workers continue with later versions in between, and no trajectory of an evaluation is trained on."""
+    lines = evaluation_lines(run.home)
+    assert [line["trained_versions"] for line in lines] == list(range(0, run.versions + 1, 100))
+    assert all(line["trajectories"]["scored"] == line["trajectories"]["offered"] == 96 for line in lines)
+    first, last = (parse_results(line["evaluation"])["lookup"].avg for line in (lines[0], lines[-1]))
+    assert first is not None
+    assert last is not None
+    assert first.high < last.low, "the policy learns what it is evaluated on"
+    assert run.summary["best_version"] == lines[-1]["best"]
+    best = max(line["overall"] for line in lines)
+    assert next(line["version"] for line in lines if line["overall"] == best) == lines[-1]["best"]
+    pins = json.loads((run.home / "snapshots" / "pins.json").read_bytes())
+    assert pins == {str(lines[-1]["best"]): {"best": None}}
 
 
 def test_the_summary_and_the_report_are_complete(run: Run) -> None:

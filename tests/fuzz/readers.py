@@ -111,7 +111,7 @@ class Readers:
         self.outcomes.wrap(self._scores, "_take", lambda _, taken: ACCEPTED if taken else PASSED_OVER)
         self._cuts, self._loop, self._outbox = CutState(), asyncio.Runner(), Outbox(bus)
         limit = TrajectoryLimit(SAMPLING.max_trajectory_tokens, "the fuzzer")
-        self._worker = RecordReader(RUN, self._outbox, ControlCheck(Store()), limit, samples=2, worker="worker-0")
+        self._worker = RecordReader(RUN, self._outbox, ControlCheck(Store()), limit, samples=(2, 2), worker="worker-0")
         self._worker._limit_agreed = True  # as after the learner's first offer
         self._consumers = {topic: bus.consumer(topic) for topic in (TASKS, CONTROL, OLD_LOGPROBS, DEAD_LETTERS)}
         self.offer()

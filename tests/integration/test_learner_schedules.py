@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -11,19 +12,22 @@ import pytest
 import structlog
 
 from palimpsest.common import failpoints
-from palimpsest.common.messages import CONTROL
+from palimpsest.common.messages import CONTROL, group_id
 from palimpsest.common.snapshots.writer import Writer
+from palimpsest.services.audit.command import run_command
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
+from palimpsest.services.learner.evaluation import ledger as evaluation_ledger
 from palimpsest.services.learner.ingest.task_publisher import TaskPublisher
 from palimpsest.services.learner.ingest.trajectory_reader import TrajectoryReader
 from palimpsest.services.learner.loop import Loop
 from palimpsest.services.learner.observability import history
 from palimpsest.services.rollout.async_consumer import AsyncConsumer
+from palimpsest.services.rollout.record_reader import RecordReader
 from tests.runs.run_process import ROOT
 from tests.simulation.cut_schedules import LIMIT_S, slow_polling
 from tests.simulation.cut_worker import process_name
 from tests.simulation.learner_checks import run_and_check
-from tests.simulation.learner_faults import ANYWHERE, Fault, FaultKind, places
+from tests.simulation.learner_faults import ANYWHERE, Fault, FaultKind, configured, places
 from tests.simulation.learner_schedules import LearnerSchedule
 from tests.simulation.simulated_time import SimulatedLoop, run
 
@@ -187,6 +191,16 @@ def test_removing_a_mechanism_makes_a_run_fail(
     place, kind = DEATHS[without]
     with pytest.raises((AssertionError, TimeoutError)):
         run_all(tmp_path, Fault(place, 2, kind))
+
+
+def test_the_audit_finds_an_evaluation_that_is_trained_on(tmp_path: Path, monkeypatch: Patch) -> None:
+    """Without ids of their own, trajectories of evaluations enter the ledger of the training."""
+    monkeypatch.setattr(evaluation_ledger, "evaluation_group", lambda version, number: group_id(number))
+    monkeypatch.setattr(RecordReader, "_check_samples", lambda self, offer: None)
+    with pytest.raises(AssertionError):
+        run_and_check(0, tmp_path)
+    report = json.loads(run_command([str(configured(tmp_path).run.home), "--json"], {}).text)
+    assert "evaluation_trained" in {finding["kind"] for finding in report["findings"]}
 
 
 def run_all(folder: Path, fault: Fault) -> None:

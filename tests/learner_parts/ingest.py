@@ -9,7 +9,7 @@ from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.ingest.build import Ingest, build_ingest
 from palimpsest.services.learner.ingest.offers import TaskSettings
-from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
+from palimpsest.services.learner.ingest.trajectory_reader import NoEvaluations, ReceivedTrajectory
 from tests.records.any_learner import any_control
 from tests.records.builders import SAMPLING
 
@@ -43,6 +43,7 @@ def an_ingest(
         confirm=confirm,
         epoch=lambda: epoch,
         control=control or any_control(),
+        evaluations=NoEvaluations(),
         keep_flushed=keep_flushed,
         on_resolved=on_resolved,
     )

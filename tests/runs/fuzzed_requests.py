@@ -66,7 +66,6 @@ ALL = (
     Requests(
         "snapshot_store",
         Role.SERVICE,
-        forbidden=frozenset({"PUT /v1/pins/{version}", "DELETE /v1/pins/{version}"}),
         left_out={
             "POST /v1/writers": "replace its learner",
             f"PUT {COMMIT}": "accept a checkpoint in the name of its learner, whose number is small",

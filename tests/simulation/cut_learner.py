@@ -17,7 +17,7 @@ from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.ingest.build import build_ingest
 from palimpsest.services.learner.ingest.offers import TaskSettings
-from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
+from palimpsest.services.learner.ingest.trajectory_reader import NoEvaluations, ReceivedTrajectory
 from palimpsest.services.learner.old_logprobs.eager_scorer import EagerScorer, as_row
 from palimpsest.services.learner.old_logprobs.interruption.coordinator import CutCoordinator
 from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
@@ -66,6 +66,7 @@ class Learner:
         self._ingest = build_ingest(
             self._bus, ledger, TaskSettings(0, {"any": 1.0}, SAMPLES, SAMPLING, 600.0), run=RUN, vocabulary=1 << 20,
             confirm=self._confirm, keep_flushed=True, epoch=lambda: self._writer, control=any_control(),
+            evaluations=NoEvaluations(),
         )  # fmt: skip
         self._ledger, self._reader, self._tasks = ledger, self._ingest.reader, self._ingest.tasks
         scorer = EagerScorer(self._score, self._scores, run=RUN, micro_batch_tokens=150, durable=self._bus)

@@ -47,7 +47,7 @@ def a_worker(schedule: "Schedule", name: str, engine: "Engine") -> Worker:
     limit = TrajectoryLimit(SAMPLING.max_trajectory_tokens, "the test")
     worker = Worker(
         run=RUN, name=name, bus=schedule.bus, sampler=sampler, weights=weights, max_live=5, limit=limit,
-        samples=2, versions=1, control=any_control(),
+        samples=2, evaluation_samples=2, versions=1, control=any_control(),
     )  # fmt: skip
     return worker
 

@@ -29,6 +29,7 @@ from palimpsest.services.learner import coordinator as leading, instruments, loo
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.coordinator import run_coordinator
 from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.evaluation.evaluator import Evaluator
 from palimpsest.services.learner.ingest import dead_letter_writer, trajectory_reader
 from palimpsest.services.learner.loop_parts import Training
 from palimpsest.services.learner.model.trainable import TrainablePolicy
@@ -294,5 +295,6 @@ def simulated(schedule: LearnerSchedule) -> Iterator[None]:
         patch.setattr(trajectory_reader, "time", clock)
         patch.setattr(dead_letter_writer, "time", clock)
         patch.setitem(CutCoordinator.__init__.__kwdefaults__, "clock", schedule.loop.time)
+        patch.setitem(Evaluator.__init__.__kwdefaults__, "clock", schedule.loop.time)
         patch.setattr(failpoints, "reach", schedule.reach)
         yield

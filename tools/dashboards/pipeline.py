@@ -18,6 +18,14 @@ PROGRESS = (
         "mean": gauge("learner_reward"), "solved": gauge("learner_success"),
         "{{environment}}": gauge("learner_environment_reward", "environment"),
     }, "Of the last batch."),
+    Panel("Held-out tasks", "none", {
+        "avg@k {{environment}}": gauge("evaluation_success", "environment"),
+        "pass@k {{environment}}": gauge("evaluation_passed", "environment"),
+    }, "Of the version evaluated last. Falls while the reward rises: the policy fits the training tasks."),
+    Panel("Evaluations", "none", {
+        "version evaluated last": gauge("evaluation_version"), "best version": gauge("evaluation_best_version"),
+        "seconds of the last": gauge("evaluation_seconds"), "{{end}} per second": rate("evaluation_samples", "end"),
+    }, "Workers load no later version during an evaluation."),
     Panel("Reward of all sessions", "none", {"{{environment}}": mean("gateway_reward", "environment")},
           "Also of sessions that were dropped."),
     Panel("Changes by people", "none", {

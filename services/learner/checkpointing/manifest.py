@@ -16,6 +16,7 @@ from msgspec import Struct, field
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.buffer.ledger import LedgerState
 from palimpsest.services.learner.control.state import ControlState
+from palimpsest.services.learner.evaluation.state import EvaluationState
 
 SCHEMA = 1
 STATE, MANIFEST, PROPOSED = "state.safetensors", "manifest.json", "proposed.json"
@@ -50,6 +51,8 @@ class Progress(Struct, frozen=True, forbid_unknown_fields=True):
     of earlier releases): any record may belong to an unresolved one."""
     control: ControlState = ControlState()
     """What people changed in the run."""
+    evaluation: EvaluationState = EvaluationState()
+    """The evaluations; none in checkpoints of earlier releases."""
 
 
 def folder_name(version: Version, writer: int) -> str:

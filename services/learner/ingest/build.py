@@ -9,7 +9,7 @@ from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.ingest.dead_letter_writer import DeadLetterWriter
 from palimpsest.services.learner.ingest.offers import OfferSettings, TaskSettings
 from palimpsest.services.learner.ingest.task_publisher import TaskPublisher
-from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory, TrajectoryReader
+from palimpsest.services.learner.ingest.trajectory_reader import EvaluationRecords, ReceivedTrajectory, TrajectoryReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ def build_ingest(
     confirm: Callable[[], None],
     epoch: Callable[[], int],
     control: ControlCheck,
+    evaluations: EvaluationRecords,
     keep_flushed: bool = False,
     on_resolved: Callable[[str], None] = lambda _: None,
 ) -> Ingest:
@@ -68,6 +69,7 @@ def build_ingest(
             run=run,
             offered=offers,
             vocabulary=vocabulary,
+            evaluations=evaluations,
             keep_flushed=keep_flushed,
             on_resolved=on_resolved,
         ),

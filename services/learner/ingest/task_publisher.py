@@ -113,7 +113,7 @@ class TaskPublisher:
                         offer: GroupOffered = decode(TASKS, record.body)
                     except Undecodable:
                         continue  # the worker that reads it dead-letters it
-                    if offer.run == self._run and self._is_ours(offer):
+                    if offer.run == self._run and not offer.evaluation and self._is_ours(offer):
                         offered.add(offer.index)
         self._task_ends = dict(ends)
         while self._ledger.next_index in offered:

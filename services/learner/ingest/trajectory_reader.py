@@ -8,8 +8,10 @@ is at least once. If a trajectory ended as a dead letter, a usable record of it 
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from palimpsest.common.bus.port import Bus, Record
+from palimpsest.common.evaluation.tasks import is_evaluation
 from palimpsest.common.instruments import report_lag
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import REPLAYED, TRAJECTORIES, SegmentFlushed, TrajectoryDropped, TrajectoryFinished
@@ -50,6 +52,27 @@ class ReceivedTrajectory:
         return sum(len(segment) for segment in self.record.segments if segment.version >= lowest)
 
 
+class EvaluationRecords(Protocol):
+    """Gets the records of evaluations: an Evaluator."""
+
+    def enter(self, message: Message) -> None:
+        """Enter a message. Raises RejectedRecord if it was never offered."""
+
+    def dead_letter(self, trajectory: str) -> None:
+        """Enter a trajectory whose record cannot be used."""
+
+
+class NoEvaluations:
+    """Of a run without evaluations: none was offered."""
+
+    def enter(self, _message: Message) -> None:
+        """See EvaluationRecords."""
+        raise RejectedRecord(RejectCause.NEVER_OFFERED, "the run offers no evaluation")
+
+    def dead_letter(self, _trajectory: str) -> None:
+        """See EvaluationRecords."""
+
+
 class TrajectoryReader:
     """Enters what workers publish into the ledger.
 
@@ -57,6 +80,7 @@ class TrajectoryReader:
     vocabulary: number of token ids of the model. A record with another id is rejected.
     keep_flushed: keep flushes of live trajectories until `resolve_flushed` is called. Otherwise they are skipped.
     on_resolved: called with the id of each trajectory that needs no more scores.
+    evaluations: gets the records of evaluations, which never reach the ledger of the training.
     """
 
     def __init__(
@@ -68,12 +92,13 @@ class TrajectoryReader:
         run: str,
         offered: OfferSettings,
         vocabulary: int,
+        evaluations: EvaluationRecords,
         keep_flushed: bool = False,
         on_resolved: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._ledger, self._dead_letters, self._run = ledger, dead_letters, run
         self._offered, self._vocabulary = offered, vocabulary
-        self._keeps_flushed, self._on_resolved = keep_flushed, on_resolved
+        self._keeps_flushed, self._on_resolved, self._evaluations = keep_flushed, on_resolved, evaluations
         self._consumer = bus.consumer(TRAJECTORIES)
         self._tracker = OffsetTracker()
         self.arrived: dict[str, ReceivedTrajectory] = {}
@@ -153,6 +178,10 @@ class TrajectoryReader:
             message: Message = decode_for_run(record, self._run)
             ends_trajectory = not isinstance(message, SegmentFlushed)
             validate(message, newest, vocabulary=self._vocabulary)
+            if is_evaluation(message.group):
+                self._evaluations.enter(message)
+                self._tracker.resolve(record.partition, record.offset)  # a checkpoint holds what it entered
+                return
             self._check_offer(message)
             status = self._enter(message, record)
         except RejectedRecord as error:
@@ -221,7 +250,11 @@ class TrajectoryReader:
         self._tracker.resolve(record.partition, record.offset)
         if ends_trajectory and error.cause not in FOREIGN:
             # the body may be undecodable, so the worker names the trajectory in a header too
-            self._ledger.dead_letter(record.key, record.headers.get("trajectory", ""))
+            name = record.headers.get("trajectory", "")
+            if is_evaluation(record.key):
+                self._evaluations.dead_letter(name)
+            else:
+                self._ledger.dead_letter(record.key, name)
 
     def _skip(self, needless: Iterable[Flushed]) -> None:
         for flushed in needless:

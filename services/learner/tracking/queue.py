@@ -49,6 +49,11 @@ class TrackingQueue:
         except queue.Full:
             instruments.TRACKING_DROPPED.labels("full").inc()
 
+    @property
+    def of_evaluations(self) -> "EvaluationFollower":
+        """The follower of evaluations.jsonl, whose lines go to the same tracker."""
+        return EvaluationFollower(self)
+
     def close(self, *, limit_s: float = CLOSE_S) -> None:
         """Send the rest within `limit_s` seconds. The thread does not keep the process alive."""
         if not self._thread.is_alive():
@@ -80,3 +85,17 @@ class TrackingQueue:
         if time.monotonic() - self._reported > QUIET_S:
             self._reported = time.monotonic()
             logger().warning("tracking failed; the run continues", error=f"{type(error).__name__}: {error}")
+
+
+class EvaluationFollower:
+    """A follower of evaluations.jsonl. The history has begun the queue."""
+
+    def __init__(self, lines: TrackingQueue) -> None:
+        self._lines = lines
+
+    def begin(self, newest: Sequence[Mapping[str, Any]]) -> None:
+        """Earlier lines were sent before."""
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Hand over an evaluation."""
+        self._lines.add(line)

@@ -1,4 +1,4 @@
-"""The numbers of a line of history.jsonl that trackers get. Pure."""
+"""The numbers of a line of history.jsonl or evaluations.jsonl that trackers get. Pure."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -31,5 +31,10 @@ def _found(line: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
         yield f"seconds/{phase}", seconds
     for environment, own in line.get("by_environment", {}).items():
         yield f"reward/{environment}", own["reward"]
+    for environment, result in line.get("evaluation", {}).items():
+        for name in ("avg", "passed"):
+            yield f"evaluation/{environment}/{name}", (result[name] or {}).get("value")
+    if "evaluation" in line:
+        return  # its trajectories are not of the training
     for reason, count in line.get("trajectories", {}).get("dropped", {}).items():
         yield f"dropped/{reason}", count

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from palimpsest.common.bus.port import Outgoing
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.config.schema import ScriptedEngineConfig
+from palimpsest.common.evaluation.tasks import evaluation_group
 from palimpsest.common.messages import (
     CONTROL,
     DEAD_LETTERS,
@@ -116,13 +117,17 @@ class GatedEngine(ScriptedEngine):
 
 
 class KnownWaits(WeightSync):
-    """A WeightSync that records the versions of `wait_verified`."""
+    """A WeightSync that records the versions for which the worker waits."""
 
     awaited: frozenset[Version] = frozenset()
 
     async def wait_verified(self, version: Version) -> None:
         self.awaited |= {version}
         await super().wait_verified(version)
+
+    async def wait_unless_evaluating(self, version: Version) -> bool:
+        self.awaited |= {version}
+        return await super().wait_unless_evaluating(version)
 
 
 @dataclass(frozen=True)
@@ -204,7 +209,7 @@ async def working(
         limit = TrajectoryLimit(SAMPLING.max_trajectory_tokens, "the test")
         worker = Worker(
             run=RUN, name=name, bus=bus, sampler=sampler, weights=weights, max_live=max_live, limit=limit,
-            samples=MOST_SAMPLES, versions=VERSIONS, control=control or ControlCheck(place.store),
+            samples=MOST_SAMPLES, evaluation_samples=2, versions=VERSIONS, control=control or ControlCheck(place.store),
         )  # fmt: skip
         ending = asyncio.create_task(worker.work())
         try:
@@ -223,14 +228,15 @@ def opened_bus(path: Path, *, partitions: int = 1, lease_s: float = 10.0) -> Sql
 
 def offer(
     bus: SqliteBus, *indexes: int, version: int = 0, samples: int = 2, run: str = RUN, environment: str = "lookup",
-    sampling: Sampling = SAMPLING, writer: int = 1,
+    sampling: Sampling = SAMPLING, writer: int = 1, evaluation: bool = False,
 ) -> None:  # fmt: skip
     """Publish groups on the task topic."""
     for index in indexes:
+        name = evaluation_group(Version(version), index) if evaluation else group_id(index)
         group = GroupOffered(
-            run=run, group=group_id(index), index=index, version=Version(version), environment=environment,
+            run=run, group=name, index=index, version=Version(version), environment=environment,
             task_seed=index, samples=samples, sampling=sampling, time_limit_s=600.0,
-            writer=writer,
+            writer=writer, evaluation=evaluation,
         )  # fmt: skip
         bus.publish(TASKS, [Outgoing(group.group, encode(group))])
 

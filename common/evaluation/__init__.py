@@ -1,0 +1,1 @@
+"""Held-out tasks and the estimates of an evaluation."""

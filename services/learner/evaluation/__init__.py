@@ -1,0 +1,1 @@
+"""Held-out evaluation during a run: offers, ends, results, the best version (docs/evaluation.md)."""

@@ -1,0 +1,29 @@
+"""Builds the engine of a worker from its configuration."""
+
+from palimpsest.common import run_folder
+from palimpsest.common.config.schema import RunConfig, ScriptedEngineConfig
+from palimpsest.services.rollout.chat_renderer import ChatRenderer
+from palimpsest.services.rollout.engine.port import Engine
+from palimpsest.services.rollout.seeds import engine_seed
+
+FIRST_CANARY_TOKENS = 64
+"""Length in tokens of the random canary sequence of the learner's first version."""
+
+
+def build_engine(config: RunConfig, dialogue: ChatRenderer, longest: int) -> Engine:
+    """Return the engine, which is not started. longest: most tokens of a trajectory."""
+    chosen = config.rollout.engine
+    if isinstance(chosen, ScriptedEngineConfig):
+        from palimpsest.services.rollout.engine.scripted import ScriptedEngine
+
+        return ScriptedEngine(chosen, encode=dialogue.encode)
+    from palimpsest.services.rollout.engine.vllm import VllmEngine
+
+    return VllmEngine(
+        chosen,
+        model=config.model.path,
+        max_tokens=max(longest, FIRST_CANARY_TOKENS) + 1,  # scoring samples one token
+        max_live=config.rollout.max_live,
+        seed=engine_seed(config.run.seed, config.rollout.worker),
+        log=run_folder.engine_log_file(config.run.home, config.rollout.worker),
+    )
