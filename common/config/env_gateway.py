@@ -70,6 +70,23 @@ class EnvGatewayConfig(Service):
     this key they receive only the usual ones, such as PATH, HOME and the locale (docs/gateway.md)."""
     max_processes: Positive = 64
     """Maximum number of concurrent sessions in separate processes. Further sessions wait."""
+    child_memory_mib: Positive = 8192
+    """Address space of one process of a session, in MiB, with what the gateway loaded for all sessions."""
+    child_processes: Positive = 256
+    """Processes and threads of a session. Needs `child_user` as root, user namespaces otherwise."""
+    child_files: Annotated[int, Field(ge=16)] = 512
+    """Open files and sockets of one process of a session."""
+    child_file_mib: Positive = 1024
+    """Size of a file that a session's process writes, in MiB."""
+    child_user: Annotated[int, Field(ge=1000, lt=2**31)] | None = None
+    """First of 1000 user ids that the sessions get if the gateway runs as root. These users must be able to read Python
+    and the environments. None: the gateway's user."""
+    child_network: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Names of plugins and adapters whose processes may use the network. Adapters with a `url` always may. The others
+    have none where the machine can take it from them."""
+    isolation: Literal["available", "required"] = "available"
+    """`available`: enforce what the machine permits; the log says at the start what is missing. `required`: refuse to
+    start if the network, the number of processes or the user cannot be separated (docs/environment-limits.md)."""
 
     @model_validator(mode="after")
     def _replies_outlast_steps(self) -> "EnvGatewayConfig":

@@ -17,6 +17,7 @@ from palimpsest.common.user_error import ExitCode
 from palimpsest.services.env_gateway import plugins
 from palimpsest.services.env_gateway.adapters import entries as adapter_entries
 from palimpsest.services.env_gateway.app import create_app
+from palimpsest.services.env_gateway.child_limits import child_limits, log_limits
 from palimpsest.services.env_gateway.isolated import REASONING_GYM, reasoning_gym
 from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
@@ -32,9 +33,12 @@ def body(invocation: Invocation, stop: Stop) -> None:
     require_token_off_loopback(config.host, access, key="env_gateway")
     for name in SECRETS:
         os.environ.pop(name, None)  # environments are third-party code and must not read the tokens
+    limits, problem = child_limits(config)
     adopt_orphans()
-    adapters = adapter_entries.specs(config.adapters, taken={*built_in(), *config.plugins})
-    plugged_in = plugins.blueprints(config.plugins, taken=built_in())
+    adapters = adapter_entries.specs(
+        config.adapters, taken={*built_in(), *config.plugins}, network=config.child_network
+    )
+    plugged_in = plugins.blueprints(config.plugins, taken=built_in(), network=config.child_network)
     pool = Pool(
         limit=config.max_processes,
         wait_s=WAIT_FOR_PROCESS_S,
@@ -44,6 +48,7 @@ def body(invocation: Invocation, stop: Stop) -> None:
             (*config.plugin_variables, *adapter_entries.variables(config.adapters)), os.environ
         ),
         adopts=True,
+        limits=limits,
     )
     try:
         offered = {
@@ -56,6 +61,8 @@ def body(invocation: Invocation, stop: Stop) -> None:
         plugins.check_tasks(needed, offered)
         if any(offered[name].isolated for name in needed):
             pool.warm()
+        if config.plugins or config.adapters:
+            log_limits(limits, problem)
         sessions = Sessions(offered, limits_of(invocation.config))
         stop.on_request(sessions.refuse_new)
         app = create_app(

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from palimpsest.common.sessions.registry import Entry, Registry
 from palimpsest.common.user_error import UserError
@@ -14,14 +14,16 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 
 
-def blueprints(plugins: Mapping[str, str], *, taken: Iterable[str]) -> dict[str, EnvironmentSpec]:
-    """Read `env_gateway.plugins`. Raises UserError."""
+def blueprints(
+    plugins: Mapping[str, str], *, taken: Iterable[str], network: Collection[str] = ()
+) -> dict[str, EnvironmentSpec]:
+    """Read `env_gateway.plugins`. Those named in `network` may use it. Raises UserError."""
     for name, path in plugins.items():
         key = f"env_gateway.plugins.{name}"
         valid_name(key, name, taken)
         if not _PATH.fullmatch(path):
             raise UserError(f"{key}: {path!r} is not of the form package.module:Class")
-    return {name: EnvironmentSpec(path=path) for name, path in plugins.items()}
+    return {name: EnvironmentSpec(path=path, network=name in network) for name, path in plugins.items()}
 
 
 def valid_name(key: str, name: str, taken: Iterable[str]) -> None:

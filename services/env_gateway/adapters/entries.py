@@ -1,6 +1,6 @@
 """The environments of `env_gateway.adapters`: each is checked in a child before the gateway listens."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from palimpsest.common.config.env_gateway import AdapterConfig
 from palimpsest.common.sessions.registry import Entry
@@ -30,13 +30,17 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
 """Kind -> modules that the fork server loads once for all sessions."""
 
 
-def specs(adapters: Mapping[str, AdapterConfig], *, taken: Iterable[str]) -> dict[str, EnvironmentSpec]:
-    """Read `env_gateway.adapters`. Raises UserError."""
+def specs(
+    adapters: Mapping[str, AdapterConfig], *, taken: Iterable[str], network: Collection[str] = ()
+) -> dict[str, EnvironmentSpec]:
+    """Read `env_gateway.adapters`. Those with a url and those named in `network` may use it. Raises UserError."""
     found = {}
     for name, config in adapters.items():
         valid_name(f"env_gateway.adapters.{name}", name, taken)
         path = f"{FOLDER}.{CLASSES[config.kind]}"
-        found[name] = EnvironmentSpec(path=path, arguments=(config.model_dump_json(),), closes=True)
+        found[name] = EnvironmentSpec(
+            path=path, arguments=(config.model_dump_json(),), closes=True, network=bool(config.url) or name in network
+        )
     return found
 
 

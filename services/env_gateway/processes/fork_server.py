@@ -22,6 +22,7 @@ import traceback
 from palimpsest.common.orphans import adopt_orphans, children, kill, kill_children
 from palimpsest.common.parent_death import die_with_parent, survive_parent
 from palimpsest.services.env_gateway.processes import child
+from palimpsest.services.env_gateway.processes.confinement import confine
 from palimpsest.services.env_gateway.processes.protocol import Start
 
 MAX_START = 65536
@@ -33,6 +34,7 @@ class ForkServer:
     def __init__(self, control: socket.socket) -> None:
         self._control = control
         self._leashes: dict[int, socket.socket] = {}
+        self._started = 0
         self._helpers = children()
         """Processes that a preloaded module started."""
         adopt_orphans()
@@ -69,6 +71,7 @@ class ForkServer:
                     self._on_leash_closed(key.data)
 
     def _start(self, start: Start, channel: socket.socket, leash: socket.socket) -> None:
+        self._started += 1
         parent, pid = os.getpid(), os.fork()
         if pid == 0:
             self._run_child(start, channel, leash, parent)
@@ -88,6 +91,9 @@ class ForkServer:
             self._selector.close()
             for inherited in (self._control, self._wake, self._waker, leash, *self._leashes.values()):
                 inherited.close()
+            if start.limits is not None:
+                confine(start.limits, network=start.blueprint.network, number=self._started)
+                die_with_parent(parent)  # a change of the user undoes it
             (child.describe if start.describe else child.serve)(start.blueprint, channel)
             code = 0
         except BaseException:

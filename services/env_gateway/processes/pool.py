@@ -14,6 +14,7 @@ from palimpsest.common.environments.port import EnvironmentFailed
 from palimpsest.common.orphans import kill_children
 from palimpsest.common.secret_variables import of_environments
 from palimpsest.common.sessions.hosts import AtCapacity
+from palimpsest.services.env_gateway.processes.confinement import ChildLimits
 from palimpsest.services.env_gateway.processes.protocol import MAX_LINE, RUNNING, Described, EnvironmentSpec, Start
 
 START_LIMIT_S = 120.0
@@ -65,13 +66,15 @@ class Pool:
         modules: tuple[str, ...] = (),
         variables: tuple[str, ...] = (),
         adopts: bool = False,
+        limits: ChildLimits | None = None,
     ) -> None:
         """Allow `limit` children; a request waits `wait_s` seconds for a free place. `modules` are preloaded.
 
         `variables`: names of additional environment variables that the children receive. `adopts`: this process adopts
-        orphans and has no children but this pool's, so it kills what a dead fork server leaves behind.
+        orphans and has no children but this pool's, so it kills what a dead fork server leaves behind. `limits`: of
+        each child; None: no limits.
         """
-        self._modules, self._variables, self._adopts = modules, variables, adopts
+        self._modules, self._variables, self._adopts, self._limits = modules, variables, adopts, limits
         self._limit, self._wait_s = limit, wait_s
         self.call_limit_s = call_limit_s
         """Time limit of one call of a child, in seconds."""
@@ -111,7 +114,7 @@ class Pool:
         except TimeoutError:
             raise AtCapacity(f"{self._limit} sessions already have their own process") from None
         try:
-            child = await self._connect(*await self._request_when_ready(Start(blueprint=blueprint)))
+            child = await self._connect(*await self._request_when_ready(self._start(blueprint)))
         except BaseException as error:
             self._free.release()
             if isinstance(error, OSError):
@@ -126,7 +129,7 @@ class Pool:
 
     def describe(self, blueprint: EnvironmentSpec) -> Described:
         """Check an environment's class in a child. Blocks; call it before sessions begin."""
-        channel, leash = self._request_fork(Start(blueprint=blueprint, describe=True))
+        channel, leash = self._request_fork(self._start(blueprint, describe=True))
         with leash, channel, channel.makefile("rb") as answers:
             channel.settimeout(DESCRIBE_LIMIT_S)
             try:
@@ -153,6 +156,9 @@ class Pool:
             except subprocess.TimeoutExpired:  # it may still be loading modules
                 self._fork_server.kill()
                 self._fork_server.wait()
+
+    def _start(self, blueprint: EnvironmentSpec, *, describe: bool = False) -> Start:
+        return Start(blueprint=blueprint, describe=describe, limits=self._limits)
 
     async def _request_when_ready(self, start: Start) -> tuple[socket.socket, socket.socket]:
         while True:

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from palimpsest.common.environments.port import Environment, Opening, Reply, Score, Turn
 from palimpsest.common.sessions.wire import Wire
+from palimpsest.services.env_gateway.processes.confinement import ChildLimits
 
 MAX_LINE = 16 * 2**20
 """Maximum length of a line from a child, in bytes."""
@@ -23,6 +24,9 @@ class EnvironmentSpec(Wire):
     arguments: tuple[str, ...] = ()
     closes: bool = False
     """Whether the environment has `close`, which ends a session elsewhere and is called before the child ends."""
+
+    network: bool = False
+    """Whether its processes may use the network."""
 
     @property
     def module(self) -> str:
@@ -46,6 +50,8 @@ class Start(Wire):
     blueprint: EnvironmentSpec
     describe: bool = False
     """Only check the class, answer with Described, and exit."""
+    limits: ChildLimits | None = None
+    """Limits of the child's processes; None: no limits."""
 
 
 class ChildRequest(Wire):

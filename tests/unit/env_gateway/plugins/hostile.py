@@ -1,0 +1,126 @@
+"""Environments that attack the machine or the run, each in one way."""
+
+import encodings.idna  # noqa: F401  # a session of another user may not read the folder of Python
+import math
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+from palimpsest.env import Message, Opening, Outcome, Reply, Score, Turn
+
+
+class Quiet:
+    """Answers with what `attack` returns."""
+
+    version = "1"
+
+    def reset(self, seed: int) -> Opening:
+        return Opening((Message(role="user", content="go"),))
+
+    def step(self, turn: Turn) -> Outcome:
+        return Reply((Message(role="tool", content=self.attack(turn.text)),))
+
+    def attack(self, text: str) -> str:
+        return "nothing"
+
+    def finalize(self) -> Score:
+        return Score(0.25, False)
+
+    def state_hash(self) -> str:
+        return "0"
+
+
+class TakesMemory(Quiet):
+    def attack(self, text: str) -> str:
+        taken = []
+        while True:
+            taken.append(bytearray(64 * 2**20))
+
+
+class ForkBomb(Quiet):
+    def attack(self, text: str) -> str:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        made = 0
+        while True:
+            try:
+                if os.fork() == 0:
+                    time.sleep(3600)
+            except BlockingIOError:
+                return str(made)
+            made += 1
+
+
+class OpensFiles(Quiet):
+    def attack(self, text: str) -> str:
+        opened = []
+        while True:
+            try:
+                opened.append(socket.socket())
+            except OSError as error:
+                return f"{len(opened)} {error.strerror}"
+
+
+class FillsTheDisk(Quiet):
+    def attack(self, text: str) -> str:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            with Path(text).open("wb") as file:
+                while True:
+                    file.write(bytes(2**20))
+        except OSError as error:
+            return f"{Path(text).stat().st_size} {error.strerror}"
+
+
+class Connects(Quiet):
+    """Connects to the port that the text names, and to a port of its own."""
+
+    def attack(self, text: str) -> str:
+        with socket.create_server(("127.0.0.1", 0)) as own:
+            socket.create_connection(own.getsockname(), timeout=5).close()
+        try:
+            socket.create_connection(("127.0.0.1", int(text)), timeout=5).close()
+        except OSError as error:
+            return error.strerror or "refused"
+        return "connected"
+
+
+class KillsTheGateway(Quiet):
+    """Signals the process that the text names, and changes its user id back."""
+
+    def attack(self, text: str) -> str:
+        failures = []
+        for attempt in (lambda: os.kill(int(text), 0), lambda: os.setuid(0)):
+            try:
+                attempt()
+            except OSError as error:
+                failures.append(error.strerror or "")
+        return ", ".join(failures)
+
+
+class WritesItsReward(Quiet):
+    """Writes to the folder of the run that the text names."""
+
+    def attack(self, text: str) -> str:
+        try:
+            Path(text).write_text('{"reward": 1.0}')
+        except OSError as error:
+            return error.strerror or ""
+        return "written"
+
+
+class Hangs(Quiet):
+    def attack(self, text: str) -> str:
+        while True:
+            time.sleep(3600)
+
+
+class Floods(Quiet):
+    def attack(self, text: str) -> str:
+        return "x" * (50 * 2**20)
+
+
+class Lies(Quiet):
+    def step(self, turn: Turn) -> Outcome:
+        return Score(math.nan, True)
