@@ -13,6 +13,8 @@ LOGPROB_CHUNK_TOKENS = 1024
 """Default of learner.logprob_chunk_tokens."""
 TOKEN_LEVEL = ("reinforce_pp", "reinforce_pp_baseline", "gae")
 """Advantage kinds that give each token its own advantage."""
+AVERAGES = ("ewma_prox", "ppo_ewma_async")
+"""Proximal kinds that average the weights of versions."""
 WITHOUT_BASELINE = ("reinforce_pp", "gae")
 """Advantage kinds without a baseline of the group."""
 
@@ -88,6 +90,9 @@ class LearnerConfig(Service):
     activation_checkpointing: bool = False
     """Keep only the input of each layer for the backward pass, which computes the layer again: less memory, one more
     forward pass. Log-probs and gradients are the same."""
+    sharding: Literal["none", "full", "hybrid"] = "none"
+    """Split weights, gradients and moments over the ranks (docs/sharding.md). `none`: each rank holds all of them.
+    `full`: each rank holds a share. `hybrid`: the ranks of a node share them, and each node holds all of them."""
     recipe: str = ""
     """Name of a published method (docs/algorithms/recipes.md). It sets the sections below. Keys that the run sets
     take precedence."""
@@ -147,9 +152,25 @@ class LearnerConfig(Service):
                 f'"{self.advantages.kind}" has no token rewards: choose one of {", ".join(TOKEN_LEVEL)}, or set '
                 f'loss.kl.place = "loss"'
             )
+        if self.sharding != "none":
+            self._refuse_with_sharding()
         if self.audit.fraction and row.exact:
             raise ValueError(
                 f"audit.fraction compares a surrogate with the old log-probs, but proximal.kind = "
                 f'"{kind}" is exact: set audit.fraction to 0'
             )
         return self
+
+    def _refuse_with_sharding(self) -> None:
+        """Raise ValueError for what needs a whole model on each rank."""
+        unsupported = (
+            (self.proximal.kind in AVERAGES, f'proximal.kind = "{self.proximal.kind}" averages whole models'),
+            (self.advantages.kind == "gae", 'advantages.kind = "gae" trains a whole critic'),
+            (self.vcpo.baseline, "vcpo.baseline takes the gradient of each trajectory"),
+            (self.activation_checkpointing, "activation_checkpointing is not tried with shards"),
+        )
+        if reasons := [reason for applies, reason in unsupported if applies]:
+            raise ValueError(
+                f'sharding = "{self.sharding}" does not support it: {"; ".join(reasons)}. Change it, or set '
+                f'sharding = "none"'
+            )

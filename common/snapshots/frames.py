@@ -19,6 +19,10 @@ Editing = Callable[[TensorEntry], AbstractContextManager[Bytes]]
 """Opens a tensor for changes: its bytes [size] uint8, writable, which count once the context ends."""
 
 
+Held = Callable[[TensorEntry], tuple[int, int]]
+"""Returns the [start, stop) of a tensor's numbers, in C order, that a copy of a part of the weights holds."""
+
+
 @dataclass(frozen=True, slots=True)
 class RawTensor:
     """A tensor as bytes: little-endian numbers in C order."""
@@ -40,19 +44,33 @@ def decode_tensors(chunks: Iterator[bytes], manifest: Manifest) -> Iterator[RawT
         yield _decode(entry, frame, manifest)
 
 
-def patch(chunks: Iterator[bytes], manifest: Manifest, editing: Editing, pool: Executor, *, back: bool = False) -> None:
+def patch(
+    chunks: Iterator[bytes],
+    manifest: Manifest,
+    editing: Editing,
+    pool: Executor,
+    *,
+    back: bool = False,
+    held: Held | None = None,
+) -> None:
     """Apply the slices of a version to tensors in place; `back`: from the version to its parent.
 
-    chunks: the bytes of its object, already compared with the object's digest. Slices of a tensor run in parallel.
-    Verifies no tensor. Raises Damaged; the tensors then may hold the bytes of no version.
+    chunks: the bytes of its object, already compared with the object's digest. held: the numbers that `editing` opens;
+    None: those of whole tensors. Slices of a tensor run in parallel. Verifies no tensor. Raises Damaged; the tensors
+    then may hold the bytes of no version.
     """
     for entry, frame in _split(chunks, manifest):
         itemsize = ITEMSIZE[entry.dtype]
+        begin, end = (0, entry.size // itemsize) if held is None else held(entry)
         with editing(entry) as raw:
 
-            def apply(part: Slice, raw: Bytes = raw, itemsize: int = itemsize) -> None:
-                start = part.start * itemsize
-                apply_slice(part, raw[start : start + part.count * itemsize], back=back)
+            def apply(
+                part: Slice, raw: Bytes = raw, itemsize: int = itemsize, begin: int = begin, end: int = end
+            ) -> None:
+                first, last = max(part.start, begin), min(part.start + part.count, end)
+                if first < last:
+                    own = raw[(first - begin) * itemsize : (last - begin) * itemsize]
+                    apply_slice(part, own, back=back, within=(first - part.start, last - part.start))
 
             try:
                 parts = list(slices_in(memoryview(frame), numbers=entry.size // itemsize, itemsize=itemsize))

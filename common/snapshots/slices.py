@@ -105,34 +105,39 @@ def encode_slice(raw: Bytes, parent: Bytes | None, *, itemsize: int, start: int,
     return slice_of(SliceKind.CHANGE, change)
 
 
-def apply_slice(encoded: Slice, target: Bytes, *, back: bool = False) -> None:
+def apply_slice(encoded: Slice, target: Bytes, *, back: bool = False, within: tuple[int, int] | None = None) -> None:
     """Move the bytes of a slice in place from the parent to the child, or with `back` from the child to the parent.
 
-    target: [count * itemsize] uint8, writable. Raises ValueError if the slice is damaged or cannot be applied; the
+    target: [count * itemsize] uint8, writable. within: the [start, stop) of the slice's numbers that the target holds;
+    None: all of them. Raises ValueError if the slice is damaged or cannot be applied; the
     target then may hold other bytes than those of a version, unless the kind is DENSE.
     """
     numbers, body = _numbers(target, encoded.itemsize), memoryview(encoded.body)
-    if len(numbers) != encoded.count:
-        raise ValueError(f"the slice has {encoded.count} numbers, its target {len(numbers)}")
+    first, last = within or (0, encoded.count)
+    if len(numbers) != last - first:
+        raise ValueError(f"the slice has {last - first} numbers, its target {len(numbers)}")
     if encoded.kind is SliceKind.SAME:
         _end(body)
     elif encoded.kind is SliceKind.SPARSE:
         places, changes = sparse(encoded)
+        if within is not None:
+            inside = slice(*np.searchsorted(places, within))
+            places, changes = places[inside] - first, changes[inside]
         moved = numbers[places]
         numbers[places] = moved - changes if back else moved + changes
     elif encoded.kind is SliceKind.CHANGE:
         change, rest = unpack(body, itemsize=encoded.itemsize, count=encoded.count)
         _end(rest)
         if back:
-            numbers -= _unfolded(change)
+            numbers -= _unfolded(change[first:last])
         else:
-            numbers += _unfolded(change)
+            numbers += _unfolded(change[first:last])
     elif back:
         raise ValueError("a dense slice leads only forwards")
     else:
         dense, rest = unpack(body, itemsize=encoded.itemsize, count=encoded.count)
         _end(rest)
-        numbers[:] = dense
+        numbers[:] = dense[first:last]
 
 
 def sparse(encoded: Slice) -> tuple[NDArray[np.int64], NDArray[Any]]:

@@ -17,7 +17,7 @@ from palimpsest.common.snapshots.chain import Leg, from_base, way
 from palimpsest.common.snapshots.client import VersionMissing
 from palimpsest.common.snapshots.codec import Bytes
 from palimpsest.common.snapshots.encoding import THREADS
-from palimpsest.common.snapshots.frames import RawTensor, decode_tensors, patch, verify
+from palimpsest.common.snapshots.frames import Held, RawTensor, decode_tensors, patch, verify
 from palimpsest.common.snapshots.manifest import Damaged, Manifest, TensorEntry
 from palimpsest.common.versions import Version
 
@@ -57,8 +57,10 @@ class Moved:
 class Walker:
     """A copy and the version that it holds."""
 
-    def __init__(self, store: VersionSource, resident: WeightsCopy) -> None:
-        self._store, self._resident = store, resident
+    def __init__(self, store: VersionSource, resident: WeightsCopy, *, held: Held | None = None) -> None:
+        """held: the numbers that the copy holds, if it is a part of the weights. Nothing here can verify the tensors
+        then: the owner of all parts has to."""
+        self._store, self._resident, self._held = store, resident, held
         self._manifests: OrderedDict[Version, Manifest] = OrderedDict()
         self.manifest: Manifest | None = None
         """Manifest of the version that the copy holds; None before the first move, and while the copy holds none."""
@@ -101,11 +103,11 @@ class Walker:
                     if hop.loads:
                         self._resident.load(decode_tensors(chunks, hop.manifest), hop.manifest)
                     else:
-                        patch(chunks, hop.manifest, self._resident.editing, pool, back=hop.back)
+                        patch(chunks, hop.manifest, self._resident.editing, pool, back=hop.back, held=self._held)
                 held = self._arrived(hop)
                 moved += hop.manifest.object_size
         assert held is not None
-        if not hops[-1].loads:  # a load has verified each tensor
+        if not hops[-1].loads and self._held is None:  # a load has verified each tensor
             for entry in held.tensors:
                 with self._resident.editing(entry) as raw:
                     verify(entry, raw, held)

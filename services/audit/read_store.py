@@ -16,9 +16,11 @@ from palimpsest.services.learner.checkpointing.manifest import (
     MANIFEST,
     PROPOSED,
     SCHEMA,
+    SHARDS,
     STATE,
     Progress,
     complete,
+    file_digest,
     folder_name,
     version_and_writer,
 )
@@ -208,7 +210,7 @@ def _read_candidate(folder: Path, commit: CheckpointCommit) -> Candidate:
 
 
 def _state_fault(folder: Path, progress: Progress | None, *, quick: bool) -> str:
-    """Return the fault of the checkpoint's state file; empty if it has none."""
+    """Return the fault of the checkpoint's files; empty if they have none."""
     assert progress is not None
     hasher = blake3()
     try:
@@ -217,7 +219,16 @@ def _state_fault(folder: Path, progress: Progress | None, *, quick: bool) -> str
                 hasher.update(chunk)
     except OSError as error:
         return str(error)
-    return "" if quick or hasher.hexdigest() == progress.state_digest else "its state does not match its digest"
+    if not quick and hasher.hexdigest() != progress.state_digest:
+        return "its state does not match its digest"
+    for name, digest in progress.shards.items():
+        try:
+            (folder / SHARDS / name).stat()
+            if not quick and file_digest(folder / SHARDS / name) != digest:
+                return f"its file {SHARDS}/{name} does not match its digest"
+        except OSError as error:
+            return str(error)
+    return ""
 
 
 def _audited_checkpoint(name: str, progress: Progress) -> AuditedCheckpoint:

@@ -8,6 +8,7 @@ palimpsest dead-letters list RUN.toml     (see `palimpsest dead-letters --help`)
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from palimpsest.common.config import Invocation
 from palimpsest.common.config.schema import RunConfig
@@ -19,6 +20,10 @@ from palimpsest.common.program import main, print_line, service
 from palimpsest.common.service import Starting, Stop
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.trajectory_limit import trajectory_limit
+
+if TYPE_CHECKING:  # torch
+    from palimpsest.services.learner.distributed import ProcessGroup
+    from palimpsest.services.learner.model.trainable import TrainablePolicy
 
 
 def body(invocation: Invocation, stop: Stop) -> None:
@@ -42,28 +47,21 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     from palimpsest.services.learner.coordinator import run_coordinator
     from palimpsest.services.learner.distributed import ProcessGroup
     from palimpsest.services.learner.loop_parts import Training
-    from palimpsest.services.learner.model.policy import checkpoint_activations, load_model
-    from palimpsest.services.learner.model.trainable import TrainablePolicy
     from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer
+    from palimpsest.services.learner.sharding.build import build_shards
     from palimpsest.services.learner.training.build import build_training_state
     from palimpsest.services.learner.training.follower import run_follower
     from palimpsest.services.learner.training.trainer import Trainer
 
     torch.set_num_threads(config.learner.threads)
     torch.manual_seed(config.run.seed)
-    ranks = ProcessGroup()
+    sharded = config.learner.sharding != "none"
+    ranks = ProcessGroup(equal_passes=sharded)
     if server is not None:
         server.doing = "the model to be loaded"
         refuse_tokenizer(config.model.path)
-    model = load_model(
-        config.model.path,
-        ranks.device,
-        config.model.attention,
-        logprob_chunk_tokens=config.learner.logprob_chunk_tokens,
-    )
-    if config.learner.activation_checkpointing:
-        checkpoint_activations(model)
-    policy = TrainablePolicy(model, config.learner.optimizer)
+    shards = build_shards(config, ranks) if sharded else None
+    policy = shards.policy if shards is not None else _whole_policy(config, ranks)
     kept = config.snapshot_store
     with SnapshotClient(config.store_url, compression=kept.compression, ca_file=kept.ca_file) as store:
         state = build_training_state(
@@ -73,6 +71,7 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
             ranks.device,
             on_load=lambda _: instruments.SNAPSHOT_LOADS.inc(),
             ranks=ranks,
+            shards=shards,
         )
         trainer = Trainer(
             policy,
@@ -82,12 +81,28 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
             length=trajectory_limit(config).tokens,
             seed=config.run.seed,
         )
-        forward = model_scorer(model, ranks.device)
+        forward = model_scorer(policy.model, ranks.device)
         if server is not None:
-            run_coordinator(config, stop, store, Training(trainer, policy, state, ranks), forward, server)
+            run_coordinator(config, stop, store, Training(trainer, policy, state, ranks, shards), forward, server)
         else:
-            run_follower(policy, state, trainer, ranks, forward)
+            run_follower(policy, state, trainer, ranks, forward, shards)
     ranks.close()
+
+
+def _whole_policy(config: RunConfig, ranks: "ProcessGroup") -> "TrainablePolicy":
+    """The policy with all weights on this rank."""
+    from palimpsest.services.learner.model.policy import checkpoint_activations, load_model
+    from palimpsest.services.learner.model.trainable import TrainablePolicy
+
+    model = load_model(
+        config.model.path,
+        ranks.device,
+        config.model.attention,
+        logprob_chunk_tokens=config.learner.logprob_chunk_tokens,
+    )
+    if config.learner.activation_checkpointing:
+        checkpoint_activations(model)
+    return TrainablePolicy(model, config.learner.optimizer)
 
 
 def dead_letters() -> None:

@@ -1,9 +1,11 @@
 """Rank 0: builds the objects that connect to other services, and runs the loop."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from palimpsest.common import run_folder
 from palimpsest.common.bus.factory import open_bus
+from palimpsest.common.bus.port import Bus
 from palimpsest.common.config.proximal import PROXIMAL_KINDS
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.instruments import report_free_bytes
@@ -22,6 +24,7 @@ from palimpsest.services.learner.control.build import all_routes, build_control
 from palimpsest.services.learner.control.page_routes import PAGE_RULES
 from palimpsest.services.learner.control.routes import RULES
 from palimpsest.services.learner.evaluation.build import build_evaluator
+from palimpsest.services.learner.evaluation.evaluator import Evaluator
 from palimpsest.services.learner.ingest.build import build_ingest
 from palimpsest.services.learner.ingest.offers import TaskSettings
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
@@ -39,6 +42,9 @@ from palimpsest.services.learner.old_logprobs.routes import route
 from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
 from palimpsest.services.learner.publishing.canaries import Canaries
 from palimpsest.services.learner.publishing.publisher import Publisher
+from palimpsest.services.learner.sharding.published_weights import ShardedCanaries, gather_weights
+from palimpsest.services.learner.sharding.shard_files import ShardFiles
+from palimpsest.services.learner.sharding.shared_work import OnAllRanks
 from palimpsest.services.learner.tracking.build import build_tracking
 
 
@@ -81,21 +87,11 @@ def run_coordinator(
         epoch=lambda: writer.epoch,
         control=ControlCheck(store),
     )
-    canaries = Canaries(
-        model,
-        training.ranks.device,
-        trajectories=learner.canary_trajectories,
-        micro_batch_tokens=learner.micro_batch_tokens,
-    )
-    publisher = Publisher(bus, store, writer, model, canaries, run=config.run.id)
-    report_free_bytes("checkpoints", config.checkpoint_folder)
-    checkpoints = Checkpoints(config.checkpoint_folder, writer, keep=learner.checkpoint.keep)
+    outputs = _outputs(config, training, bus, store, writer, evaluator)
     feed, watch = PageFeed(), WorkerWatch(lambda: open_bus(config), run=config.run.id)
     records = _records(config, (feed, tracking))
-    desk, control = build_control(config, bus, store, publisher, writer)
-    loop = Loop(
-        config, training, ingest, exact, Outputs(writer, publisher, checkpoints, evaluator), records, control, stop
-    )
+    desk, control = build_control(config, bus, store, outputs.publisher, writer)
+    loop = Loop(config, training, ingest, exact, outputs, records, control, stop)
     seen = loop.status
     server.show_service(
         ready=seen.not_ready,
@@ -131,6 +127,25 @@ def _ledger(config: RunConfig) -> TrajectoryLedger[ReceivedTrajectory]:
         time_limit_s=config.tasks.time_limit_s,
         max_overtaking=None if learner.max_overtaking == "unlimited" else learner.max_overtaking,
     )
+
+
+def _outputs(
+    config: RunConfig, training: Training, bus: Bus, store: SnapshotClient, writer: Writer, evaluator: Evaluator
+) -> Outputs:
+    """The writers of versions and checkpoints. With a sharded policy, all ranks take part."""
+    learner, shards, model = config.learner, training.shards, training.policy.model
+    limits = {"trajectories": learner.canary_trajectories, "micro_batch_tokens": learner.micro_batch_tokens}
+    canaries: Canaries
+    if shards is None:
+        canaries, copied, files = Canaries(model, training.ranks.device, **limits), None, None
+    else:
+        on_all_ranks = OnAllRanks(shards)
+        canaries, copied = ShardedCanaries(on_all_ranks, **limits), partial(on_all_ranks, gather_weights)
+        files = ShardFiles(on_all_ranks, shards.policy)
+    publisher = Publisher(bus, store, writer, model, canaries, run=config.run.id, copied=copied)
+    report_free_bytes("checkpoints", config.checkpoint_folder)
+    checkpoints = Checkpoints(config.checkpoint_folder, writer, keep=learner.checkpoint.keep, shards=files)
+    return Outputs(writer, publisher, checkpoints, evaluator)
 
 
 def _records(config: RunConfig, followers: Sequence[HistoryFollower]) -> Records:

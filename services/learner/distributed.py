@@ -33,8 +33,11 @@ class ProcessGroup:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
         if on_gpu:
             torch.cuda.set_device(self.device)
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         if self.size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIME_LIMIT)
+            dist.init_process_group(backend, timeout=TIME_LIMIT)
+        elif equal_passes:  # a single rank shards over itself
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
     @property
     def is_rank0(self) -> bool:
@@ -81,5 +84,5 @@ class ProcessGroup:
 
     def close(self) -> None:
         """Leave the group."""
-        if self.size > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()

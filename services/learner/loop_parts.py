@@ -13,6 +13,7 @@ from palimpsest.services.learner.observability.alerts import VersionReporter
 from palimpsest.services.learner.observability.batch_dump import BatchDump
 from palimpsest.services.learner.observability.history import History
 from palimpsest.services.learner.publishing.publisher import Publisher
+from palimpsest.services.learner.sharding.shared_work import Shards
 from palimpsest.services.learner.training.state import TrainingState
 from palimpsest.services.learner.training.trainer import Trainer
 
@@ -26,6 +27,8 @@ class Training:
     state: TrainingState
     """The state beside the policy; a checkpoint holds both."""
     ranks: ProcessGroup
+    shards: Shards | None = None
+    """Of a sharded policy."""
 
 
 @dataclass(frozen=True, slots=True)

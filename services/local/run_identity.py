@@ -134,6 +134,7 @@ CHANGEABLE = (
     "learner.micro_batch_tokens",
     "learner.logprob_chunk_tokens",
     "learner.activation_checkpointing",
+    "learner.sharding",
     "learner.proximal.prefetch",
     "learner.canary_trajectories",
     "learner.threads",

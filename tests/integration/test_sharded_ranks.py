@@ -14,6 +14,8 @@ from tests.runs.run_process import ROOT
 
 pytestmark = pytest.mark.servers
 
+FILES = (*CASES, "versions", "checkpoint")
+
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
@@ -26,7 +28,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
-    return {case: [torch.load(folder / f"{case} {rank}.pt") for rank in range(2)] for case in CASES}
+    return {case: [torch.load(folder / f"{case} {rank}.pt") for rank in range(2)] for case in FILES}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -75,3 +77,31 @@ def test_all_ranks_end_with_the_same_weights_and_each_holds_half_of_them(both: A
     total = sum(4 * master.numel() for master in first["masters"])
     assert first["bytes"] + second["bytes"] == total
     assert max(first["bytes"], second["bytes"]) < 0.51 * total
+
+
+def test_a_sharded_shadow_walks_to_the_published_bits(both: Any) -> None:
+    for rank in both["versions"]:
+        assert rank["held"].keys() == {0, 1, 2}
+        for version, held in rank["held"].items():
+            assert held.keys() == rank["expected"][version].keys()
+            for name, expected in rank["expected"][version].items():
+                assert torch.equal(held[name].view(torch.int16), expected.view(torch.int16))
+        assert not all(torch.equal(one, rank["held"][1][name]) for name, one in rank["held"][0].items())
+
+
+def test_all_ranks_refuse_a_version_that_is_damaged_or_lost_for_one_of_them(both: Any) -> None:
+    for rank in both["versions"]:
+        lost, damaged = rank["errors"]
+        assert "version 4 is not there" in lost or "for another rank" in lost
+        assert "snapshot 3 is damaged" in damaged
+
+
+def test_a_policy_continues_from_the_shards_of_a_checkpoint(both: Any) -> None:
+    first, second = both["checkpoint"]
+    assert first["files"] == second["files"]
+    assert len(first["files"]) == 3  # of each rank, and the metadata
+    for rank in both["checkpoint"]:
+        assert rank["steps"] == 1
+        assert any(float(tensor.abs().max()) > 0 for name, tensor in rank["before"].items() if "exp_avg" in name)
+        for name, tensor in rank["before"].items():
+            assert torch.equal(rank["after"][name], tensor)

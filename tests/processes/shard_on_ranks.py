@@ -22,6 +22,7 @@ from palimpsest.services.learner.sharding.load import ModelFiles
 from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy
 from palimpsest.services.learner.training.results import StepResult, merge
 from tests.learner_parts.models import CurrentModel, train
+from tests.processes.sharded_versions import continued, walked
 from tests.processes.train_on_ranks import CASES as UNEVEN, NOW, some_rows
 from tests.records.builders import a_learner
 
@@ -52,6 +53,9 @@ def main(tied: str, untied: str, folder: Path) -> None:
             for name, policy in {"replicated": replicated, "sharded": sharded}.items()
         }
         torch.save(saved, folder / f"{case} {ranks.rank}.pt")
+    files = ModelFiles(tied, "eager", mesh, ranks.device)
+    torch.save(walked(files, ranks), folder / f"versions {ranks.rank}.pt")
+    torch.save(continued(files, ranks, folder / "checkpoint"), folder / f"checkpoint {ranks.rank}.pt")
     ranks.close()
 
 

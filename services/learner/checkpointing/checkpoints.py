@@ -11,6 +11,7 @@ checkpoint is consistent: it counts a trajectory as trained exactly if the weigh
 
 import shutil
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import torch
@@ -27,12 +28,24 @@ from palimpsest.services.learner.checkpointing.manifest import (
     MANIFEST,
     PROPOSED,
     SCHEMA,
+    SHARDS,
     STATE,
     Progress,
     complete,
+    file_digest,
     folder_name,
     version_and_writer,
 )
+
+
+class ShardWriter(Protocol):
+    """Writes and reads the shards of a sharded policy, with all ranks."""
+
+    def write(self, folder: Path) -> dict[str, str]:
+        """Write them to the folder of a checkpoint. Return file -> blake3, hex."""
+
+    def found(self, folder: Path) -> None:
+        """Called with the folder of the checkpoint from which the run continues."""
 
 
 class NoCheckpoint(LookupError):
@@ -42,8 +55,9 @@ class NoCheckpoint(LookupError):
 class Checkpoints:
     """The newest `keep` checkpoints, in one folder. Call `newest` first."""
 
-    def __init__(self, folder: Path, writer: Writer, *, keep: int) -> None:
-        self._folder, self._writer, self._keep = folder, writer, keep
+    def __init__(self, folder: Path, writer: Writer, *, keep: int, shards: ShardWriter | None = None) -> None:
+        """shards: writes those of a sharded policy; None if it is not sharded."""
+        self._folder, self._writer, self._keep, self._shards = folder, writer, keep, shards
         self._committed: list[Committed] = []
         """Committed checkpoints, oldest first. Only this learner changes them, because it is the newest writer."""
 
@@ -59,9 +73,12 @@ class Checkpoints:
         for commit in reversed(self._committed):
             folder = self._folder_of(commit)
             try:
-                return _read(folder, commit)
+                progress, tensors = _read(folder, commit)
             except (OSError, ValueError, msgspec.DecodeError) as error:
                 logger().error("checkpoint skipped", folder=str(folder), reason=str(error))
+            else:
+                self._continue_from(folder, progress)
+                return progress, tensors
         if self._committed:
             raise UserError(
                 f"none of this run's {len(self._committed)} checkpoints can be read; the log holds the reasons. "
@@ -69,6 +86,17 @@ class Checkpoints:
                 ExitCode.DAMAGED,
             )
         raise NoCheckpoint(str(self._folder))
+
+    def _continue_from(self, folder: Path, progress: Progress) -> None:
+        """Tell the writer of shards. Raises UserError if the checkpoint has shards and the policy has none."""
+        if self._shards is not None:
+            if progress.shards:
+                self._shards.found(folder)
+        elif progress.shards:
+            raise UserError(
+                f"checkpoint {folder.name} of this run was written with sharding: continue the run with "
+                f'learner.sharding = "full"'
+            )
 
     def keep(self, number: int) -> None:
         """Keep this number of checkpoints from the next one on."""
@@ -96,9 +124,12 @@ class Checkpoints:
     def _save(self, progress: Progress, tensors: dict[str, torch.Tensor]) -> None:
         folder = self._folder / folder_name(progress.version, progress.writer)
         body = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        manifest = msgspec.json.encode(msgspec.structs.replace(progress, state_digest=blake3(body).hexdigest()))
         if folder.exists():
             shutil.rmtree(folder)  # left by an attempt that did not finish
+        shards = {} if self._shards is None else self._shards.write(folder)
+        manifest = msgspec.json.encode(
+            msgspec.structs.replace(progress, state_digest=blake3(body).hexdigest(), shards=shards)
+        )
         write(folder / STATE, body)
         failpoints.reach("learner.inside_checkpoint")
         write(folder / PROPOSED, manifest)
@@ -155,6 +186,9 @@ def _read(folder: Path, commit: Committed) -> tuple[Progress, dict[str, torch.Te
     body = (folder / STATE).read_bytes()
     if blake3(body).hexdigest() != progress.state_digest:
         raise ValueError("the digest of state.safetensors differs from the digest in manifest.json")
+    for name, digest in progress.shards.items():
+        if file_digest(folder / SHARDS / name) != digest:
+            raise ValueError(f"the digest of {SHARDS}/{name} differs from the digest in manifest.json")
     return progress, load_tensors(body)
 
 

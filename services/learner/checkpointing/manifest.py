@@ -1,6 +1,7 @@
 """The manifest of a checkpoint, and the names of its files. Needs no torch.
 
     checkpoints/00000012-00000003/state.safetensors   of version 12, by writer 3: masters and moments, float32
+    checkpoints/00000012-00000003/shards/             of a sharded policy: masters and moments of all ranks
     checkpoints/00000012-00000003/manifest.json       renamed last: a folder without it is not a checkpoint
 
 Until the snapshot store has committed the checkpoint, the manifest is called proposed.json (checkpoints.py).
@@ -11,6 +12,7 @@ Names sort by age, because versions do not decrease from one writer to the next.
 import re
 from pathlib import Path
 
+from blake3 import blake3
 from msgspec import Struct, field
 
 from palimpsest.common.versions import Version
@@ -19,6 +21,8 @@ from palimpsest.services.learner.control.state import ControlState
 from palimpsest.services.learner.evaluation.state import EvaluationState
 
 SCHEMA = 1
+SHARDS = "shards"
+"""Folder in a checkpoint's: the shards of a sharded policy."""
 STATE, MANIFEST, PROPOSED = "state.safetensors", "manifest.json", "proposed.json"
 _NAME = re.compile(r"(\d{8,})-(\d{8,})")
 
@@ -49,10 +53,19 @@ class Progress(Struct, frozen=True, forbid_unknown_fields=True):
     score_offsets: dict[int, int] = field(default_factory=dict)
     """Topic `old_logprobs`: records before these offsets belong to resolved trajectories. {} (the value in checkpoints
     of earlier releases): any record may belong to an unresolved one."""
+    shards: dict[str, str] = field(default_factory=dict)
+    """File in the folder of the shards -> its blake3, hex. {} without sharding: state.safetensors has the policy."""
     control: ControlState = ControlState()
     """What people changed in the run."""
     evaluation: EvaluationState = EvaluationState()
     """The evaluations; none in checkpoints of earlier releases."""
+
+
+def file_digest(file: Path) -> str:
+    """Return blake3 of a file's bytes, hex, computed on all cores. Raises OSError."""
+    hasher = blake3(max_threads=blake3.AUTO)
+    hasher.update_mmap(file)
+    return hasher.hexdigest()
 
 
 def folder_name(version: Version, writer: int) -> str:

@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+CHUNK_ATTRIBUTE = "logprob_chunk_tokens"
+"""Attribute of a model: learner.logprob_chunk_tokens. Copies of the model have it too."""
 PROBE_TOKENS = 8
 PROBE_LOGIT = 200.0
 """Largest logit of the second probe: a soft cap changes it visibly."""

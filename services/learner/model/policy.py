@@ -15,11 +15,15 @@ from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.model.device_batch import on_device
 from palimpsest.services.learner.model.logprobs import Positions, checkpointed_logprobs, chunked_logprobs
-from palimpsest.services.learner.model.output_head import PROBE_TOKENS, LinearHead, decoder_of, find_head
+from palimpsest.services.learner.model.output_head import (
+    CHUNK_ATTRIBUTE,
+    PROBE_TOKENS,
+    LinearHead,
+    decoder_of,
+    find_head,
+)
 from palimpsest.services.learner.sharding.sharded_model import ShardedModel
 
-CHUNK_ATTRIBUTE = "logprob_chunk_tokens"
-"""Attribute of a model: learner.logprob_chunk_tokens. Copies of the model have it too."""
 _NO_ATTENTION = re.compile(r"(\w+) does not support an attention implementation")
 """Beginning of the error of transformers for an attention that the architecture lacks."""
 
@@ -159,5 +163,7 @@ def _positions(tokens: Tensor, temperatures: Tensor, wanted: Tensor | None) -> P
 
 def vocabulary_size(model: torch.nn.Module) -> int:
     """Number of token ids that the model has embeddings for."""
+    if isinstance(model, ShardedModel):
+        return vocabulary_size(model.causal)
     embedding: torch.nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
     return embedding.num_embeddings

@@ -112,6 +112,13 @@ class TrainablePolicy:
     def _clip(self) -> float:
         return float(torch.nn.utils.clip_grad_norm_(self.masters, self._config.max_grad_norm))
 
+    def share(self, ranks: ProcessGroup) -> None:
+        """Overwrite every rank's masters and moments with those of rank 0. All ranks must call it."""
+        steps, tensors = ranks.broadcast_object(self.steps), self.state()
+        ranks.broadcast(list(tensors.values()))
+        if not ranks.is_rank0:
+            self.restore(tensors, steps)
+
     @torch.no_grad()
     def _publish(self) -> None:
         for computing, master in zip(self._computing, self.masters, strict=True):

@@ -14,6 +14,7 @@ from palimpsest.services.learner.batch.batching import PaddedBatch, empty_batch
 from palimpsest.services.learner.distributed import NOTHING, ProcessGroup
 from palimpsest.services.learner.model.failing_rows import tolerant
 from palimpsest.services.learner.model.policy import score_batch
+from palimpsest.services.learner.sharding.shared_work import Shards, SharedWork
 
 Pass = Callable[[PaddedBatch], Float32Array]
 """Log-prob of every token under the resident weights, [rows, tokens] float32, nats."""
@@ -45,13 +46,17 @@ class DistributedScorer:
         return [shares[index % len(shares)][index // len(shares)] for index in range(len(batches))]
 
 
-def serve_scoring(ranks: ProcessGroup, forward: Pass) -> object:
-    """Ranks other than 0: score the micro-batches of each `Scoring` that rank 0 broadcasts.
+def serve_scoring(ranks: ProcessGroup, forward: Pass, shards: Shards | None = None) -> object:
+    """Ranks other than 0: score the micro-batches of each `Scoring` that rank 0 broadcasts, and do each `SharedWork`.
 
-    Return the first other object that rank 0 broadcasts; None if that is NOTHING.
+    shards: of a sharded policy. Return the first other object that rank 0 broadcasts; None if that is NOTHING.
     """
-    while isinstance(order := ranks.broadcast_object(NOTHING)[0], Scoring):
-        _share(ranks, order.batches, forward)
+    while isinstance(order := ranks.broadcast_object(NOTHING)[0], Scoring | SharedWork):
+        if isinstance(order, Scoring):
+            _share(ranks, order.batches, forward)
+        else:
+            assert shards is not None
+            order.work(shards)
     return order
 
 

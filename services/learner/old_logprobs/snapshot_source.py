@@ -21,7 +21,7 @@ from palimpsest.services.learner.batch.batching import PaddedBatch, versions_pre
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason, complete
 from palimpsest.services.learner.old_logprobs.passes import BatchScores
-from palimpsest.services.learner.old_logprobs.versioned_model import VersionedModel
+from palimpsest.services.learner.old_logprobs.versioned_model import MovableModel, VersionedModel
 from palimpsest.services.learner.proximal.types import Exact, Patched
 
 
@@ -39,12 +39,15 @@ class SnapshotSource:
         missing: MissingPolicy = "fail",
         misses: MissingCounter | None = None,
         ranks: ProcessGroup | None = None,
+        shadow: Callable[[], MovableModel] | None = None,
     ) -> None:
         """max_tokens: of a pass, padding included; loaded: called with each version that is loaded from the store;
-        missing: policy for versions that the store does not hold; ranks: None if this process is alone."""
+        missing: policy for versions that the store does not hold; ranks: None if this process is alone;
+        shadow: builds the shadow at its first use, None: a copy of the model."""
         self._model, self._store, self._device, self._max_tokens = model, store, device, max_tokens
         self._ranks = ranks
-        self._shadow: VersionedModel | None = None
+        self._shadow: MovableModel | None = None
+        self._build = shadow or self._copy
         self._loaded = loaded
         self._missing: MissingPolicy = missing
         self._misses = misses or MissingCounter()
@@ -77,7 +80,10 @@ class SnapshotSource:
         Raises VersionMissing if the store does not hold it, UserError if it is damaged.
         """
         if self._shadow is None:
-            self._shadow = VersionedModel(copy.deepcopy(self._model).requires_grad_(False), self._store)
+            self._shadow = self._build()
         if self._shadow.load_version(version):
             self._loaded(version)
         return self._shadow.model
+
+    def _copy(self) -> VersionedModel:
+        return VersionedModel(copy.deepcopy(self._model).requires_grad_(False), self._store)

@@ -1,5 +1,7 @@
 """A model that holds one version at a time, moved from version to version along the deltas in the snapshot store."""
 
+from typing import Protocol
+
 import torch
 
 from palimpsest.common.snapshots.client import SnapshotClient
@@ -8,6 +10,21 @@ from palimpsest.common.snapshots.walker import Walker
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.model.weights import EditableModel
+
+
+class MovableModel(Protocol):
+    """A model that holds one version at a time. VersionedModel is one."""
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model, whose weights each load changes in place."""
+
+    @property
+    def version(self) -> Version | None:
+        """See VersionedModel."""
+
+    def load_version(self, version: Version) -> bool:
+        """See VersionedModel."""
 
 
 class VersionedModel:
@@ -37,9 +54,14 @@ class VersionedModel:
         try:
             self._walker.move(version)
         except (Damaged, ValueError) as error:
-            raise UserError(
-                f"old log-probs cannot be computed: snapshot {version} is damaged: {error}. Restore the store's "
-                f"folder from a copy, then continue with --resume",
-                ExitCode.DAMAGED,
-            ) from None
+            raise damaged(version, error) from None
         return True
+
+
+def damaged(version: Version, error: Exception) -> UserError:
+    """Return the error for a version whose weights cannot be loaded."""
+    return UserError(
+        f"old log-probs cannot be computed: snapshot {version} is damaged: {error}. Restore the store's folder from a "
+        f"copy, then continue with --resume",
+        ExitCode.DAMAGED,
+    )

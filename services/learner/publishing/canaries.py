@@ -17,7 +17,7 @@ import torch
 
 from palimpsest.common.snapshots.manifest import Canary
 from palimpsest.common.versions import UNTRAINABLE
-from palimpsest.services.learner.batch.batching import Row, micro_batches, pad
+from palimpsest.services.learner.batch.batching import PaddedBatch, Row, micro_batches, pad
 from palimpsest.services.learner.model.float32 import float32_forward
 from palimpsest.services.learner.model.output_head import find_head
 from palimpsest.services.learner.model.policy import score_batch
@@ -40,8 +40,11 @@ class Canaries:
         self, model: torch.nn.Module, device: torch.device, *, trajectories: int, micro_batch_tokens: int
     ) -> None:
         self._model, self._device = model, device
-        self._trajectories, self._micro_batch_tokens = trajectories, micro_batch_tokens
         find_head(model)  # recognized in the model's own precision, before the first float32 pass
+        self._limit(trajectories, micro_batch_tokens)
+
+    def _limit(self, trajectories: int, micro_batch_tokens: int) -> None:
+        self._trajectories, self._micro_batch_tokens = trajectories, micro_batch_tokens
         self._rows: list[Row] = []
         self._before: list[tuple[float, ...]] = []
 
@@ -71,33 +74,47 @@ class Canaries:
             for row, after, previous, exact in zip(rows, low, before, high, strict=True)
         )
 
-    @torch.no_grad()
     def _score(self, rows: Sequence[Row], *, float32: bool) -> list[tuple[float, ...]]:
         """Log-probs of each row's compared tokens, in the order of the rows."""
         scored: dict[str, tuple[float, ...]] = {}
-        with float32_forward(self._model) if float32 else nullcontext():
-            for part in micro_batches(rows, max_tokens=self._micro_batch_tokens):
-                values = score_batch(self._model, pad(part), self._device, temperature=1.0)
-                for row, own in zip(part, values.tolist(), strict=True):
-                    scored[row.trajectory] = tuple(own[p] for p in _positions(row))
+        parts = micro_batches(rows, max_tokens=self._micro_batch_tokens)
+        for part, values in zip(parts, self._values([pad(part) for part in parts], float32=float32), strict=True):
+            for row, own in zip(part, values, strict=True):
+                scored[row.trajectory] = tuple(own[p] for p in _positions(row))
         return [scored[row.trajectory] for row in rows]
 
-    @torch.no_grad()
+    def _values(self, batches: Sequence[PaddedBatch], *, float32: bool) -> list[list[list[float]]]:
+        """Log-probs of each batch, [rows][tokens]."""
+        with float32_forward(self._model) if float32 else nullcontext():
+            return [canary_logprobs(self._model, batch, self._device) for batch in batches]
+
     def _samples(self) -> list[Row]:
-        """Sequences that the model samples itself at temperature 1, the same at each call under the same weights."""
-        generator = torch.Generator().manual_seed(SAMPLE_SEED)
-        tokens = torch.full((SAMPLES, 1), _first_token(self._model), dtype=torch.int64)
-        for _ in range(SAMPLE_LENGTH):
-            logits = self._model(input_ids=tokens.to(self._device), use_cache=False).logits[:, -1].float().cpu()
-            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-            tokens = torch.cat([tokens, drawn], dim=1)
-        versions = np.zeros(SAMPLE_LENGTH + 1, dtype=np.int32)
-        versions[0] = UNTRAINABLE
-        behavior = np.zeros(SAMPLE_LENGTH + 1, dtype=np.float32)
-        return [
-            Row(str(i), own.astype(np.int32), versions, behavior, 1.0, 0.0, 0.0, success=False)
-            for i, own in enumerate(tokens.numpy())
-        ]
+        return sample(self._model, device=self._device)
+
+
+@torch.no_grad()
+def canary_logprobs(model: torch.nn.Module, batch: PaddedBatch, device: torch.device) -> list[list[float]]:
+    """Return the log-probs of a batch at temperature 1, [rows][tokens]."""
+    values: list[list[float]] = score_batch(model, batch, device, temperature=1.0).tolist()
+    return values
+
+
+@torch.no_grad()
+def sample(model: torch.nn.Module, *, device: torch.device) -> list[Row]:
+    """Return sequences that the model samples itself at temperature 1, the same at each call under the same weights."""
+    generator = torch.Generator().manual_seed(SAMPLE_SEED)
+    tokens = torch.full((SAMPLES, 1), _first_token(model), dtype=torch.int64)
+    for _ in range(SAMPLE_LENGTH):
+        logits = model(input_ids=tokens.to(device), use_cache=False).logits[:, -1].float().cpu()
+        drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        tokens = torch.cat([tokens, drawn], dim=1)
+    versions = np.zeros(SAMPLE_LENGTH + 1, dtype=np.int32)
+    versions[0] = UNTRAINABLE
+    behavior = np.zeros(SAMPLE_LENGTH + 1, dtype=np.float32)
+    return [
+        Row(str(i), own.astype(np.int32), versions, behavior, 1.0, 0.0, 0.0, success=False)
+        for i, own in enumerate(tokens.numpy())
+    ]
 
 
 def window(row: Row, length: int) -> Row | None:

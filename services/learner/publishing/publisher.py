@@ -11,7 +11,7 @@ from palimpsest.common.bus.port import Bus, Outgoing
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import CONTROL, ControlChanged, RunFinished, VersionPublished, encode
 from palimpsest.common.snapshots.chain import ChainCost
-from palimpsest.common.snapshots.client import ParentMissing, ParentWeights, SnapshotClient
+from palimpsest.common.snapshots.client import ParentMissing, ParentWeights, RawTensor, SnapshotClient
 from palimpsest.common.snapshots.manifest import Manifest, Parent
 from palimpsest.common.snapshots.writer import Writer
 from palimpsest.common.versions import Version
@@ -36,9 +36,14 @@ class Publisher:
         *,
         run: str,
         clock: Callable[[], float] = time.monotonic,
+        copied: Callable[[], list[RawTensor]] | None = None,
     ) -> None:
+        """copied: returns a copy of the weights in host memory; None: of the model's."""
+        self._copied = copied or (
+            lambda: [replace(each, raw=each.raw.copy()) for each in raw_tensors(named_weights(model))]
+        )
         self._clock, self._leased = clock, (Version(0), clock())
-        self._bus, self._store, self._writer, self._model, self._run = bus, store, writer, model, run
+        self._bus, self._store, self._writer, self._run = bus, store, writer, run
         self.canaries = canaries
         self._parent: ParentWeights | None = None
         """The version stored last, with a copy of its weights; None at the start: the first version has no parent."""
@@ -67,8 +72,7 @@ class Publisher:
 
     def _store_version(self, version: Version) -> Manifest:
         """Store the weights, as a delta to the version that this publisher stored before if that costs less."""
-        weights = [replace(tensor, raw=tensor.raw.copy()) for tensor in raw_tensors(named_weights(self._model))]
-        canaries, parent = self.canaries.made(), self._parent
+        weights, canaries, parent = self._copied(), self.canaries.made(), self._parent
         try:
             manifest = self._store.put(self._run, version, weights, canaries, writer=self._writer.epoch, parent=parent)
         except ParentMissing as error:
@@ -112,3 +116,7 @@ class Publisher:
         self._writer.confirm()
         end = RunFinished(run=self._run, version=version, writer=self._writer.epoch, versions=trained)
         self._bus.publish(CONTROL, [Outgoing(self._run, encode(end))])
+
+
+def _copied(model: torch.nn.Module) -> list[RawTensor]:
+    return [replace(tensor, raw=tensor.raw.copy()) for tensor in raw_tensors(named_weights(model))]

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from palimpsest.common.config.learner import LOGPROB_CHUNK_TOKENS
 from palimpsest.common.model_limits import refuse_attention
 from palimpsest.common.model_path import WHOLE, refuse_no_model, sentence
 from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.model.checkpoint_names import PartNames, part_names
+from palimpsest.services.learner.model.output_head import CHUNK_ATTRIBUTE, find_head
 from palimpsest.services.learner.sharding.local_shards import local_parts
 from palimpsest.services.learner.sharding.sharded_model import ShardedModel, shard
 
@@ -31,9 +33,18 @@ COMPUTES = torch.bfloat16
 class ModelFiles:
     """How to build a sharded copy of the model in a folder or of a hub id."""
 
-    def __init__(self, path: str, attention: str, mesh: DeviceMesh, device: torch.device) -> None:
+    def __init__(
+        self,
+        path: str,
+        attention: str,
+        mesh: DeviceMesh,
+        device: torch.device,
+        *,
+        logprob_chunk_tokens: int = LOGPROB_CHUNK_TOKENS,
+    ) -> None:
         """Raises UserError if it cannot be sharded."""
         refuse_no_model(path)
+        self._chunk = logprob_chunk_tokens
         self._path, self._attention, self._mesh, self._device = path, attention, mesh, device
         self._files = _tensor_files(path)
         self.names: dict[str, PartNames] = {}
@@ -59,6 +70,8 @@ class ModelFiles:
         model = shard(causal.eval(), self._mesh, computes=COMPUTES)
         _give_memory(model, self._device)
         self._read(model)
+        setattr(causal, CHUNK_ATTRIBUTE, self._chunk)
+        model(find_head)  # recognized in the model's own precision
         return model
 
     def _empty(self) -> nn.Module:

@@ -73,9 +73,10 @@ def shard(causal: torch.nn.Module, mesh: DeviceMesh, *, computes: torch.dtype) -
     return sharded
 
 
-def whole(parameter: DTensor) -> Tensor:
-    """Return all of a weight, on every rank. All ranks must call it."""
-    return detached(parameter).full_tensor()
+def whole(parameter: DTensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Return all of a weight, on every rank, cast to a type before it is gathered. All ranks must call it."""
+    own = detached(parameter)
+    return (own if dtype is None else detached(own.to(dtype))).full_tensor()
 
 
 def detached(parameter: Tensor) -> DTensor:

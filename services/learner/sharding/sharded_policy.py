@@ -7,13 +7,16 @@ with one micro-batch the gradients are equal bit for bit, with more they differ 
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
 
 from palimpsest.common.config.learner import OptimizerConfig
+from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.trainable import TrainablePolicy, adamw
 from palimpsest.services.learner.sharding.sharded_model import ShardedModel, detached
@@ -39,6 +42,8 @@ class ShardedPolicy(TrainablePolicy):
             parameter.grad = like(parameter, master.grad)  # FSDP2 adds to it in place
         self.optimizer = adamw(self.masters, config)
         self.steps = 0
+        self.source: Path | None = None
+        """Folder of the shards that `share` reads, on rank 0."""
 
     def sum_gradients(self, ranks: ProcessGroup) -> None:
         """Do nothing: the backward passes have summed them."""
@@ -67,7 +72,30 @@ class ShardedPolicy(TrainablePolicy):
         return self._ranks.size // self.parameters[0].device_mesh.size(-1)
 
     def state(self) -> dict[str, Tensor]:
-        """Return masters and moments as distributed tensors by name, for a checkpoint that all ranks write."""
+        """Return nothing: all ranks write their shards to the checkpoint (shard_files.py)."""
+        return {}
+
+    def restore(self, tensors: dict[str, Tensor], steps: int) -> None:
+        """Take over the number of steps. `share` then reads the shards of `source`. Raises UserError if the checkpoint
+        has whole tensors instead."""
+        if tensors or self.source is None:
+            raise UserError(
+                "the newest checkpoint of this run was written without sharding: continue the run with "
+                'learner.sharding = "none"'
+            )
+        self.steps = steps
+
+    def share(self, ranks: ProcessGroup) -> None:
+        """Read the shards of rank 0's `source`, if it has one, on all ranks."""
+        source, steps = ranks.broadcast_object((self.source, self.steps))
+        if source is not None:
+            tensors = self.shards()
+            load(tensors, checkpoint_id=source)
+            self._take(tensors, steps)
+        self.source = None
+
+    def shards(self) -> dict[str, Tensor]:
+        """Return masters and moments as distributed tensors, by name."""
         tensors: dict[str, Tensor] = {}
         for i, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
             moments: dict[str, Any] = self.optimizer.state.get(master, {})
@@ -76,18 +104,14 @@ class ShardedPolicy(TrainablePolicy):
                 tensors[f"{i}.{key}"] = like(parameter, moments.get(key, torch.zeros_like(master)))
         return tensors
 
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor], steps: int) -> None:
-        """Take over the tensors of `state`, after a checkpoint was read into them."""
+    def _take(self, tensors: dict[str, Tensor], steps: int) -> None:
+        """Take over moments that a checkpoint was read into. The masters are read in place."""
         for i, master in enumerate(self.masters):
-            own = {key: _local(tensors[f"{i}.{key}"]) for key in ("master", "exp_avg", "exp_avg_sq")}
-            if own["master"].data_ptr() != master.data_ptr():
-                master.copy_(own["master"])
             if steps:
                 self.optimizer.state[master] = {
                     "step": torch.tensor(float(steps)),
-                    "exp_avg": own["exp_avg"],
-                    "exp_avg_sq": own["exp_avg_sq"],
+                    "exp_avg": _local(tensors[f"{i}.exp_avg"]),
+                    "exp_avg_sq": _local(tensors[f"{i}.exp_avg_sq"]),
                 }
         self.steps = steps
 

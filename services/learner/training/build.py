@@ -21,6 +21,9 @@ from palimpsest.services.learner.old_logprobs.snapshot_source import SnapshotSou
 from palimpsest.services.learner.old_logprobs.versioned_model import VersionedModel
 from palimpsest.services.learner.proximal.surrogates.factory import build_surrogate
 from palimpsest.services.learner.proximal.types import Source
+from palimpsest.services.learner.sharding.load import COMPUTES
+from palimpsest.services.learner.sharding.shared_work import Shards
+from palimpsest.services.learner.sharding.versioned_shards import VersionedShards
 from palimpsest.services.learner.training.state import TrainingState
 
 
@@ -35,6 +38,7 @@ class _Parts:
     max_tokens: int
     """Of a pass, padding included."""
     ranks: ProcessGroup | None
+    shards: Shards | None
 
 
 def build_training_state(
@@ -45,12 +49,14 @@ def build_training_state(
     *,
     on_load: Callable[[Version], None],
     ranks: ProcessGroup | None = None,
+    shards: Shards | None = None,
 ) -> TrainingState:
     """Return the state at the start of a run. `TrainingState.restore` then loads a checkpoint.
 
-    on_load: called with each version that a source loads from the store; ranks: None if this process is alone.
+    on_load: called with each version that a source loads from the store; ranks: None if this process is alone;
+    shards: of a sharded policy. All ranks must call it then.
     """
-    parts = _Parts(policy, store, device, on_load, config.micro_batch_tokens, ranks)
+    parts = _Parts(policy, store, device, on_load, config.micro_batch_tokens, ranks, shards)
     missed = MissingCounter()
     gae = config.advantages.kind == "gae"
     return TrainingState(
@@ -58,7 +64,7 @@ def build_training_state(
         misses=missed,
         auditor=_snapshot_source(parts) if config.audit.fraction else None,
         critic=Critic(policy.model, critic_optimizer(config)) if gae else None,
-        start=copy.deepcopy(policy.model).requires_grad_(False) if config.loss.kl.weight else None,
+        start=_starting_model(parts) if config.loss.kl.weight else None,
         multiplier=config.loss.r2vpo.multiplier,
     )
 
@@ -93,6 +99,16 @@ def _build_source(config: LearnerConfig, parts: _Parts, missed: MissingCounter) 
     )
 
 
+def _starting_model(parts: _Parts) -> torch.nn.Module:
+    if parts.shards is not None:
+        return parts.shards.files.build(holds=COMPUTES, trains=False)
+    return copy.deepcopy(parts.policy.model).requires_grad_(False)
+
+
+def _sharded_shadow(shards: Shards, store: SnapshotClient) -> VersionedShards:
+    return VersionedShards(shards.files.build(holds=COMPUTES, trains=False), shards.files, store, shards.ranks)
+
+
 def _stored_weights(parts: _Parts, version: Version) -> list[torch.Tensor] | None:
     """Return the weights of a stored version in the order of the masters, float32; None if the store has none."""
     model = VersionedModel(copy.deepcopy(parts.policy.model), parts.store)
@@ -118,4 +134,5 @@ def _snapshot_source(
         missing=missing,
         misses=misses,
         ranks=parts.ranks,
+        shadow=None if parts.shards is None else partial(_sharded_shadow, parts.shards, parts.store),
     )

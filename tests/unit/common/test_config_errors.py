@@ -306,3 +306,22 @@ def test_keys_of_an_adapter_are_checked(run: Path, adapter: str, message: str) -
     refusal = refused(run, f"--env_gateway.adapters={{ math = {adapter} }}")
     assert refusal.startswith("--env_gateway.adapters: env_gateway.adapters.math")
     assert message in refusal
+
+
+@pytest.mark.parametrize(
+    ("flag", "reason"),
+    [
+        ("proximal.kind=ewma_prox", 'proximal.kind = "ewma_prox" averages whole models'),
+        ("proximal.kind=ppo_ewma_async", 'proximal.kind = "ppo_ewma_async" averages whole models'),
+        ("advantages.kind=gae", 'advantages.kind = "gae" trains a whole critic'),
+        ("vcpo.baseline=true", "vcpo.baseline takes the gradient of each trajectory"),
+        ("activation_checkpointing=true", "activation_checkpointing is not tried with shards"),
+    ],
+)
+def test_what_needs_a_whole_model_is_refused_with_sharding(run: Path, flag: str, reason: str) -> None:
+    flags = [f"--learner.{flag}"]
+    if flag.startswith("vcpo"):
+        flags.append("--learner.loss.objective=policy_gradient")
+    loaded(run, *flags)
+    message = refused(run, "--learner.sharding=full", *flags)
+    assert f'sharding = "full" does not support it: {reason}' in message

@@ -49,6 +49,23 @@ def test_a_slice_leads_to_the_child_and_back_bit_for_bit(step: tuple[Raw, Raw, i
 
 
 @settings(deadline=None)
+@given(steps(), st.data())
+def test_a_part_of_a_slice_moves_the_same_numbers(step: tuple[Raw, Raw, int], data: st.DataObject) -> None:
+    before, after, itemsize = step
+    count = len(before) // itemsize
+    first = data.draw(st.integers(0, count))
+    last = data.draw(st.integers(first, count))
+    part = slice(first * itemsize, last * itemsize)
+    encoded = encode_slice(after, before, itemsize=itemsize, start=0, level=3)
+    moved = before[part].copy()
+    apply_slice(encoded, moved, within=(first, last))
+    assert moved.tobytes() == after[part].tobytes()
+    if encoded.kind is not SliceKind.DENSE:
+        apply_slice(encoded, moved, within=(first, last), back=True)
+        assert moved.tobytes() == before[part].tobytes()
+
+
+@settings(deadline=None)
 @given(steps())
 def test_a_slice_without_a_parent_holds_every_number(step: tuple[Raw, Raw, int]) -> None:
     _, after, itemsize = step

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from palimpsest.common.snapshots import chain, walker as walking
+from palimpsest.common.snapshots import chain, slices, walker as walking
 from palimpsest.common.snapshots.chain import ChainCost, ancestors, way
 from palimpsest.common.snapshots.client import VersionMissing
 from palimpsest.common.snapshots.encoding import encode_version
 from palimpsest.common.snapshots.frames import Hashed, RawTensor
-from palimpsest.common.snapshots.manifest import SCHEMA, Damaged, Manifest, Parent, version_digest
+from palimpsest.common.snapshots.manifest import SCHEMA, Damaged, Manifest, Parent, TensorEntry, version_digest
 from palimpsest.common.snapshots.raw_file import RawFile
 from palimpsest.common.snapshots.walker import Walker
 from palimpsest.common.versions import Version
@@ -305,3 +305,39 @@ def test_chains_end_by_cost() -> None:
     assert not ChainCost(base=100, deltas=10, links=chain.LINKS).admits(1)
     assert ChainCost(base=100, deltas=100, links=3).admits(80)
     assert not ChainCost(base=100, deltas=150, links=3).admits(80)
+
+
+class Part:
+    """The numbers of each tensor from one share of its length to another."""
+
+    def __init__(self, first: float, last: float) -> None:
+        self.bounds = {
+            name: (int(first * np.prod(shape)), int(last * np.prod(shape))) for name, shape in SHAPES.items()
+        }
+        self.raw = {name: np.zeros(2 * (stop - start), np.uint8) for name, (start, stop) in self.bounds.items()}
+
+    def held(self, entry: TensorEntry) -> tuple[int, int]:
+        return self.bounds[entry.name]
+
+    def load(self, tensors: Iterator[RawTensor], _manifest: Manifest) -> None:
+        for tensor in tensors:
+            start, stop = self.bounds[tensor.name]
+            self.raw[tensor.name][:] = tensor.raw[2 * start : 2 * stop]
+
+    @contextmanager
+    def editing(self, entry: TensorEntry) -> Iterator[np.ndarray]:
+        yield self.raw[entry.name]
+
+
+@pytest.mark.parametrize("slice_bytes", [14, 4 << 20])
+def test_parts_that_walk_alone_hold_the_versions_together(slice_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices, "SLICE_BYTES", slice_bytes)  # slices of seven numbers: parts begin inside them
+    store = a_chain(6, bases=(0, 3))
+    parts = [Part(0.0, 0.37), Part(0.37, 0.37), Part(0.37, 1.0)]
+    walkers = [Walker(store, part, held=part.held) for part in parts]
+    for version in map(Version, (2, 0, 1, 5, 4, 2)):
+        for walker in walkers:
+            walker.move(version)
+        whole = store.split(store.copies[version])
+        for name, raw in whole.items():
+            assert np.array_equal(np.concatenate([part.raw[name] for part in parts]), raw)

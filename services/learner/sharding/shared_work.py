@@ -1,0 +1,43 @@
+"""Work that needs the shards of all ranks, ordered by rank 0.
+
+Rank 0 broadcasts a function; every rank calls it with its own `Shards`. Outside of training, the other ranks wait for
+such orders (old_logprobs/distributed_scorer.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.sharding.load import ModelFiles
+from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """A rank's shards of the policy."""
+
+    policy: ShardedPolicy
+    files: ModelFiles
+    ranks: ProcessGroup
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SharedWork:
+    """An order: every rank calls `work` with its shards. It must be a function of a module, or a partial of one."""
+
+    work: Callable[[Shards], object]
+
+
+class OnAllRanks:
+    """Rank 0's side of shared work. The other ranks must wait for orders."""
+
+    def __init__(self, shards: Shards) -> None:
+        self._shards = shards
+
+    def __call__(self, work: Callable[[Shards], T]) -> T:
+        """Call the function on every rank. Return rank 0's result."""
+        self._shards.ranks.broadcast_object((SharedWork(work),))
+        return work(self._shards)

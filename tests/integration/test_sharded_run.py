@@ -1,0 +1,67 @@
+"""A run whose policy is split over its ranks trains, publishes and resumes, also on another number of ranks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.processes.waiting import LIMIT_S
+from tests.runs.run_process import (
+    ROOT,
+    RunProcess,
+    check_ledger,
+    check_whole_groups,
+    history,
+    newest_manifest,
+    scripted,
+    wait_for,
+)
+
+pytestmark = pytest.mark.servers
+KEPT = ("--learner.sharding=full", "--learner.record=true", "--learner.checkpoint.keep=20")
+
+
+def test_a_sharded_run_survives_a_rank_and_continues_on_one_rank(tmp_path: Path, starting_model: Path) -> None:
+    toml, home = scripted(tmp_path, starting_model, versions=5), tmp_path / "scripted"
+    run = RunProcess(toml, "--local.learner_ranks=2", *KEPT)
+    try:
+        wait_for(lambda: len(history(home)) >= 2, run, name="version 2")
+        learners = run.services()["learner"]
+        assert len(learners) == 2
+        learners[-1].kill()
+        code, output = run.finish()
+    finally:
+        run.kill_everything()
+    assert code == 0, output[-3000:]
+    shards = newest_manifest(home)["shards"]
+    assert {name.split("_")[2] for name in shards if name.startswith("__")} == {"0", "1"}
+
+    code, output = RunProcess(toml, "--resume", home, "--learner.versions=7", *KEPT).finish()
+    assert code == 0, output[-3000:]
+    assert {name.split("_")[2] for name in newest_manifest(home)["shards"] if name.startswith("__")} == {"0"}
+    assert newest_manifest(home)["optimizer_steps"] >= 5
+    ledger = check_ledger(home)
+    check_whole_groups(ledger, groups=7 * 4, samples=4)
+    lines = history(home)
+    assert len(lines) == 7
+    assert all(line["exact"] and line["skipped"] == 0 for line in lines)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "palimpsest", "rescore", str(home)],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=LIMIT_S, check=True,
+    )  # fmt: skip
+    compared = json.loads(done.stdout.splitlines()[-1])
+    assert compared["versions"] > 1
+    assert compared["same_layout_tokens"] > 0
+    assert compared["same_layout_unequal"] == 0
+
+
+def test_a_run_with_shards_is_not_continued_without_them(tmp_path: Path, starting_model: Path) -> None:
+    toml, home = scripted(tmp_path, starting_model, versions=1), tmp_path / "scripted"
+    code, output = RunProcess(toml, "--learner.sharding=full").finish()
+    assert code == 0, output[-3000:]
+    code, output = RunProcess(toml, "--resume", home, "--learner.versions=2", "--learner.sharding=none").finish()
+    assert code != 0
+    assert 'was written with sharding: continue the run with learner.sharding = "full"' in output

@@ -1,0 +1,114 @@
+"""Versions and checkpoints of a sharded policy, made and read by the ranks of shard_on_ranks.py."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from msgspec.structs import replace
+
+from palimpsest.common.config.learner import OptimizerConfig
+from palimpsest.common.snapshots.client import VersionMissing
+from palimpsest.common.snapshots.encoding import encode_version
+from palimpsest.common.snapshots.frames import Hashed, RawTensor
+from palimpsest.common.snapshots.manifest import SCHEMA, Manifest, Parent, version_digest
+from palimpsest.common.user_error import UserError
+from palimpsest.common.versions import Version
+from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.sharding.load import COMPUTES, ModelFiles
+from palimpsest.services.learner.sharding.published_weights import gather_weights
+from palimpsest.services.learner.sharding.shard_files import write_shards
+from palimpsest.services.learner.sharding.sharded_model import whole
+from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy
+from palimpsest.services.learner.sharding.shared_work import Shards
+from palimpsest.services.learner.sharding.versioned_shards import VersionedShards
+
+DAMAGED, LOST = Version(3), Version(4)
+
+
+class Versions:
+    """A store in memory: version 0 in full, the others as deltas to the version before."""
+
+    def __init__(self) -> None:
+        self.manifests: dict[Version, Manifest] = {}
+        self.objects: dict[str, bytes] = {}
+        self.weights: dict[Version, list[RawTensor]] = {}
+
+    def add(self, version: Version, weights: list[RawTensor]) -> None:
+        file, before = io.BytesIO(), Version(version - 1)
+        old = {tensor.name: tensor.raw for tensor in self.weights[before]} if version else None
+        encoded = encode_version(weights, old, file, level=1, threads=1)
+        manifest = Manifest(
+            schema=SCHEMA, run="t", writer=1, version=version, digest=version_digest(encoded.entries),
+            encoding="delta" if version else "slices", object=encoded.digest, object_size=encoded.size,
+            tensors=tuple(encoded.entries), canaries=(),
+            parent=Parent(before, self.manifests[before].digest) if version else None,
+        )  # fmt: skip
+        self.manifests[version], self.objects[encoded.digest] = manifest, file.getvalue()
+        self.weights[version] = weights
+
+    def damage(self, version: Version) -> None:
+        """Let the last tensor of a version have another digest."""
+        manifest = self.manifests[version]
+        last = replace(manifest.tensors[-1], digest=manifest.tensors[0].digest)
+        self.manifests[version] = replace(manifest, tensors=(*manifest.tensors[:-1], last))
+
+    def manifest(self, version: Version) -> Manifest:
+        if version not in self.manifests:
+            raise VersionMissing(f"version {version} is not there")
+        return self.manifests[version]
+
+    @contextmanager
+    def object(self, manifest: Manifest) -> Iterator[Iterator[bytes]]:
+        body = self.objects[manifest.object]
+        Hashed(iter([body])).verify(manifest)
+        yield iter([body])
+
+
+def walked(files: ModelFiles, ranks: ProcessGroup) -> dict[str, Any]:
+    """Move a sharded shadow over versions. Return what it held, what it had to hold, and the errors."""
+    policy = ShardedPolicy(files.build(holds=torch.float32, trains=True), OptimizerConfig(), ranks)
+    shards, store = Shards(policy, files, ranks), Versions()
+    for number in range(4):
+        store.add(Version(number), ranks.broadcast_object(gather_weights(shards)))
+        for master in policy.masters:
+            master.add_(1e-4 * torch.randn(master.shape, generator=torch.Generator().manual_seed(number)))
+    store.damage(DAMAGED)
+    if not ranks.is_rank0:
+        store.manifests[LOST] = store.manifests[Version(0)]
+    shadow: Any = VersionedShards(files.build(holds=COMPUTES, trains=False), files, store, ranks)  # type: ignore[arg-type]
+    held, errors = {}, []
+    for version in map(Version, (1, 0, 2, LOST, DAMAGED, 1)):
+        try:
+            assert shadow.load_version(version)
+        except (UserError, VersionMissing) as error:
+            errors.append(str(error))
+            continue
+        held[version] = {name: whole(parameter) for name, parameter in shadow.model.shards()}
+    expected = {
+        version: {each.name: torch.from_numpy(each.raw.copy()).view(COMPUTES).reshape(each.shape) for each in weights}
+        for version, weights in store.weights.items()
+    }
+    return {"held": held, "expected": expected, "errors": errors}
+
+
+def continued(files: ModelFiles, ranks: ProcessGroup, folder: Path) -> dict[str, Any]:
+    """Write a checkpoint of a trained policy and read it into another one. Return the state of both."""
+
+    def state(policy: ShardedPolicy) -> dict[str, torch.Tensor]:
+        return {name: whole(tensor) for name, tensor in policy.shards().items()}  # type: ignore[arg-type]
+
+    before, after = (
+        ShardedPolicy(files.build(holds=torch.float32, trains=True), OptimizerConfig(lr=1e-3), ranks) for _ in range(2)
+    )
+    for gradient in before.gradients():
+        gradient.fill_(1e-3)
+    before.step()
+    written = write_shards(Shards(before, files, ranks), folder)
+    if ranks.is_rank0:
+        after.source = folder
+        after.restore({}, before.steps)
+    after.share(ranks)
+    return {"files": written, "before": state(before), "after": state(after), "steps": after.steps}
