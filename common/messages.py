@@ -11,6 +11,7 @@ from typing import Any, get_args
 import msgspec
 from msgspec import Struct
 
+from palimpsest.common.branches import Branch as Branch
 from palimpsest.common.control_messages import (
     ControlChanged as ControlChanged,
     EvaluationEnded as EvaluationEnded,
@@ -106,7 +107,9 @@ class GroupOffered(Struct, frozen=True, forbid_unknown_fields=True, omit_default
     the task. Releases without this field reject the offer."""
 
 
-class TrajectoryFinished(Struct, frozen=True, forbid_unknown_fields=True, tag="trajectory_finished/1"):
+class TrajectoryFinished(
+    Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="trajectory_finished/1"
+):
     """A complete trajectory. Topic `trajectories`, key = group."""
 
     run: str
@@ -132,6 +135,8 @@ class TrajectoryFinished(Struct, frozen=True, forbid_unknown_fields=True, tag="t
     ending: Ending
     turns: int
     """Number of model messages."""
+    branches: tuple[Branch, ...] = ()
+    """Further token sequences of the same session, with the same reward (common/branches.py)."""
 
 
 class TrajectoryDropped(Struct, frozen=True, forbid_unknown_fields=True, tag="trajectory_dropped/1"):

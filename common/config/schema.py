@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from palimpsest.common import run_folder
+from palimpsest.common.config.agents import Agents
 from palimpsest.common.config.bus import BusConfig
 from palimpsest.common.config.env_gateway import SESSION_LEASE_S, EnvGatewayConfig
 from palimpsest.common.config.evaluation import EvaluationConfig
@@ -199,6 +200,9 @@ class RolloutConfig(Service):
     """Where the built-in environments (`lookup`, `hop`, `add` and the worlds) take their steps. `in_process`: in the
     worker's process, without a request. `gateway`: in the environment gateway, as all other environments always do.
     None: `in_process` if bus.kind is "sqlite", because all services then share one machine, else `gateway`."""
+    agents: Agents = {}
+    """Programs that drive the model themselves: name -> `{ command, ... }`. tasks.environments names them like
+    environments (docs/agents.md)."""
     attempts: Positive = 3
     """Attempts at a trajectory before the worker drops it as environment_failed or engine_failed."""
     canary_tolerance: PositiveFloat | None = None

@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Self
 
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.config.session_environments import session_environments
 from palimpsest.common.sessions.client import SessionClient
 from palimpsest.common.sessions.in_process import InProcessSessions
 from palimpsest.common.sessions.port import PATIENCE_S, EnvironmentSessions
@@ -16,17 +17,12 @@ def in_process(config: RunConfig) -> frozenset[str]:
     """Return the environments of the run that a worker steps in its own process."""
     if config.environments_place != "in_process":
         return frozenset()
-    return _environments(config) & frozenset(built_in())
+    return session_environments(config) & frozenset(built_in())
 
 
 def needs_gateway(config: RunConfig) -> bool:
     """Return whether any environment of the run is stepped by the gateway."""
-    return bool(_environments(config) - in_process(config))
-
-
-def _environments(config: RunConfig) -> frozenset[str]:
-    """Return the environments that the run trains or evaluates on."""
-    return frozenset(config.tasks.environments) | frozenset(config.evaluated_environments)
+    return bool(session_environments(config) - in_process(config))
 
 
 class PlacedSessions:

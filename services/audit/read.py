@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from palimpsest.common import run_folder
+from palimpsest.common.branches import sequences
 from palimpsest.common.bus.decoding import message_in
 from palimpsest.common.bus.offline import open_existing_bus, read_existing
 from palimpsest.common.bus.port import Bus, Record
@@ -274,7 +275,7 @@ def _logged_record(record: Record, message: Any) -> LoggedRecord:
     except MalformedTrajectory:
         return LoggedRecord(record.partition, record.offset, message.trajectory, FINISHED, sound=False)
     tokens = Counter[int]()
-    for segment in message.segments:
+    for segment in (segment for part in sequences(message) for segment in part.segments):
         tokens[segment.version] += len(segment)
     return LoggedRecord(
         record.partition,

@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 from palimpsest.common.config import Invocation
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.config.session_environments import session_environments
 from palimpsest.common.control.access import require_token_off_loopback
 from palimpsest.common.control.credentials import SECRETS, open_access
 from palimpsest.common.orphans import adopt_orphans
@@ -57,7 +58,7 @@ def body(invocation: Invocation, stop: Stop) -> None:
             **plugins.entries(pool, plugged_in),
             **adapter_entries.entries(pool, adapters),
         }
-        needed = (*invocation.config.tasks.environments, *invocation.config.evaluated_environments)
+        needed = session_environments(invocation.config)
         plugins.check_tasks(needed, offered)
         if any(offered[name].isolated for name in needed):
             pool.warm()
@@ -80,8 +81,7 @@ def body(invocation: Invocation, stop: Stop) -> None:
 
 def _modules(config: RunConfig, plugged_in: Iterable[EnvironmentSpec]) -> tuple[str, ...]:
     """Return the modules that the fork server preloads: every plugin, and reasoning-gym if the run trains on it."""
-    needed = (*config.tasks.environments, *config.evaluated_environments)
-    uses_reasoning_gym = any(name.startswith(REASONING_GYM) for name in needed)
+    uses_reasoning_gym = any(name.startswith(REASONING_GYM) for name in session_environments(config))
     return (*sorted({blueprint.module for blueprint in plugged_in}), *(["reasoning_gym"] if uses_reasoning_gym else []))
 
 

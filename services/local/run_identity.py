@@ -64,6 +64,7 @@ CHANGEABLE = (
     "env_gateway.host",
     "env_gateway.port",
     "env_gateway.url",
+    "rollout.agents",
     "rollout.host",
     "rollout.port",
     "learner.host",

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from palimpsest.common import run_folder
+from palimpsest.common.branches import sequences
 from palimpsest.common.bus.decoding import message_in
 from palimpsest.common.bus.offline import open_existing_bus, read_existing
 from palimpsest.common.bus.port import Bus
@@ -212,8 +213,9 @@ def _count_trajectories(bus: Bus, run: str, log: LogSummary) -> LogSummary:
         records += 1
         known.add(message.trajectory)
         if hasattr(message, "tokens"):
-            tokens += len(message.tokens) // 4
-            sampled += trainable(message.segments)
+            for part in sequences(message):
+                tokens += len(part.tokens) // 4
+                sampled += trainable(part.segments)
     return replace(
         log,
         records=records,

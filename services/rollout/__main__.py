@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from contextlib import nullcontext
 
 from palimpsest.common import run_folder
 from palimpsest.common.bus.factory import open_bus
@@ -23,6 +24,8 @@ from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.snapshots.held_name import HeldName
 from palimpsest.common.trajectory_limit import trajectory_limit
 from palimpsest.common.user_error import ExitCode, UserError
+from palimpsest.services.rollout.agents.endpoints import serving
+from palimpsest.services.rollout.agents.runner import AgentRunner
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.build import build_engine
 from palimpsest.services.rollout.engine.port import EngineDead
@@ -55,7 +58,11 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
     server.doing = "the log to be opened"
     bus = open_bus(config)
     async with _sessions(config) as sessions:
-        with SnapshotClient(config.store_url, ca_file=config.snapshot_store.ca_file) as store:
+        agents = AgentRunner(rollout.agents, sessions)
+        with (
+            serving(agents) if rollout.agents else nullcontext(),
+            SnapshotClient(config.store_url, ca_file=config.snapshot_store.ca_file) as store,
+        ):
             weights = WeightSync(
                 engine,
                 store,
@@ -65,8 +72,9 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
                 shared=run_folder.cache_folder(config.run.home, "objects"),
             )
             sampler = TrajectorySampler(
-                rollout.worker, engine, sessions, dialogue, rollout.attempts, Tally(), weights.wait_verified
-            )
+                rollout.worker, engine, sessions, dialogue, rollout.attempts, Tally(), weights.wait_verified,
+                agents=agents,
+            )  # fmt: skip
             worker = Worker(
                 run=config.run.id, name=rollout.worker, bus=bus, sampler=sampler, weights=weights,
                 max_live=rollout.max_live, limit=limit, samples=config.tasks.samples_per_group,

@@ -8,6 +8,12 @@ TOKENS = Counter("palimpsest_rollout_sampled_tokens", "Tokens sampled", registry
 TRAJECTORIES = Counter(
     "palimpsest_rollout_trajectories", "Trajectories that ended, by outcome", ["end"], registry=REGISTRY
 )  # end: terminated, truncated, or a drop reason
+AGENT_MESSAGES = Counter(
+    "palimpsest_rollout_agent_messages",
+    "Model messages that agent programs asked for, by what the request did",
+    ["place"],
+    registry=REGISTRY,
+)  # place: first, continued, branched, refused
 LIVE = Gauge("palimpsest_rollout_live_trajectories", "Trajectories in flight", registry=REGISTRY)
 VERSION = Gauge("palimpsest_rollout_version", "Version on the engine", registry=REGISTRY)
 UPDATES = Counter(

@@ -80,6 +80,13 @@ class TrajectoryBuilder:
             so_far.add_sampled(partial)
         return so_far
 
+    def until_last_sampled(self) -> "TrajectoryBuilder":
+        """Return a copy that ends at the last sampled token."""
+        end = self._segments[-1].stop if self._segments else len(self._tokens)
+        trimmed = TrajectoryBuilder(self._tokens[:end])
+        trimmed._segments, trimmed._turns = list(self._segments), self._turns
+        return trimmed
+
     def add_environment(self, tokens: Sequence[int]) -> None:
         """Append the tokens of an environment message."""
         self._tokens.extend(tokens)

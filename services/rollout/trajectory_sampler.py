@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from palimpsest.common import failpoints
+from palimpsest.common.branches import sequences
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import (
     DropReason,
@@ -21,6 +22,9 @@ from palimpsest.common.sessions.port import CAPACITY, EnvironmentSessions, Sessi
 from palimpsest.common.sessions.wire import CreateSession, Session, Status, Step
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout import instruments
+from palimpsest.services.rollout.agents.record import finished_record
+from palimpsest.services.rollout.agents.runner import AgentRunner
+from palimpsest.services.rollout.agents.session import AgentSession
 from palimpsest.services.rollout.chat_renderer import ChatRenderer, RenderFailed
 from palimpsest.services.rollout.engine.port import Engine, EngineFailed, SampledTokens
 from palimpsest.services.rollout.lease_renewal import Sleep, with_renewals
@@ -53,6 +57,8 @@ class TrajectorySampler:
     """Trajectories in flight, oldest first. An id can occur twice, if a task was delivered again."""
     requests: set[str] = field(default_factory=set)
     """The engine's request ids of the messages in flight."""
+    agents: AgentRunner | None = None
+    """Plays the tasks of agent programs."""
     sleep: Sleep = asyncio.sleep
     """Waits for a number of seconds, between two renewals of a session's lease."""
 
@@ -65,6 +71,8 @@ class TrajectorySampler:
         reason, failure = DropReason.ENVIRONMENT_FAILED, ""
         for attempt in range(self.attempts):
             try:
+                if self.agents is not None and self.agents.runs(group.environment):
+                    return await self._agent_attempt(self.agents, group, sample, attempt)
                 return await self._attempt(group, name, attempt)
             except SessionFailed as error:
                 instruments.ATTEMPTS_FAILED.labels(error.code).inc()
@@ -84,7 +92,7 @@ class TrajectorySampler:
 
     async def _attempt(self, group: GroupOffered, name: str, attempt: int) -> Ended:
         request = CreateSession(environment=group.environment, seed=group.task_seed, group=group.group, attempt=attempt)
-        key = f"{group.run}/{name}/{attempt}/{self.worker}/{time.monotonic_ns()}"
+        key = self._key(group, name, attempt)
         session = await _timed(self.sessions.create(request, idempotency_key=key, capacity_s=group.time_limit_s))
         try:
             assembly = TrajectoryBuilder(self.dialogue.begin(session.messages, session.tools))
@@ -104,6 +112,33 @@ class TrajectorySampler:
             self.live.remove(live)
         failpoints.reach("rollout.before_publish")
         return self._finished_record(live, session, step)
+
+    async def _agent_attempt(self, agents: AgentRunner, group: GroupOffered, sample: int, attempt: int) -> Ended:
+        """Let a program drive the model. The record has all token sequences of its session."""
+        name = trajectory_id(group.group, sample)
+        session = AgentSession(
+            group, name, attempt, dialogue=self.dialogue, sample=self._message, live=self.live,
+            limits=agents.limits(group.environment),
+        )  # fmt: skip
+        try:
+            result = await agents.play(session, sample, key=self._key(group, name, attempt))
+            await session.close(self.wait_verified)
+        except BaseException:
+            await session.cancel()
+            session.take_live()
+            raise
+        # As in `_attempt`, nothing is awaited from here until the record is in the outbox.
+        record = finished_record(session, session.take_live(), result, worker=self.worker, attempt=attempt)
+        versions = sorted({segment.version for part in sequences(record) for segment in part.segments})
+        if group.evaluation and versions != [group.version]:
+            return self._version_passed(group, name, versions)
+        failpoints.reach("rollout.before_publish")
+        instruments.TRAJECTORIES.labels(record.ending.value).inc()
+        return record
+
+    def _key(self, group: GroupOffered, name: str, attempt: int) -> str:
+        """Return an idempotency key for a new session."""
+        return f"{group.run}/{name}/{attempt}/{self.worker}/{time.monotonic_ns()}"
 
     async def _close(self, session: Session) -> None:
         """Delete the session of a trajectory that cannot be sampled. If that fails, its lease expires."""
@@ -173,8 +208,7 @@ class TrajectorySampler:
         group, assembly = live.group, live.assembly
         if group.evaluation and any(segment.version != group.version for segment in assembly.segments):
             versions = sorted({segment.version for segment in assembly.segments})
-            detail = f"versions {versions} sampled its tokens, but version {group.version} is evaluated"
-            return self._dropped_record(group, live.trajectory, DropReason.VERSION_PASSED, detail)
+            return self._version_passed(group, live.trajectory, versions)
         if step.reward is None or step.success is None:
             message = step.error.message if step.error else f"the session ended as {step.status} without a reward"
             raise SessionFailed(step.error.code if step.error else step.status.value, message)
@@ -197,6 +231,10 @@ class TrajectorySampler:
             ending=ending,
             turns=assembly.turns,
         )
+
+    def _version_passed(self, group: GroupOffered, name: str, versions: list[Version]) -> TrajectoryDropped:
+        detail = f"versions {versions} sampled its tokens, but version {group.version} is evaluated"
+        return self._dropped_record(group, name, DropReason.VERSION_PASSED, detail)
 
     def _dropped_record(self, group: GroupOffered, name: str, reason: DropReason, detail: str) -> TrajectoryDropped:
         instruments.TRAJECTORIES.labels(reason.value).inc()

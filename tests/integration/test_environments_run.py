@@ -55,6 +55,7 @@ MAY_BE_EMPTY = {
     ("Held-out tasks", "pass@k {{environment}}"): "no evaluation",
     ("Evaluations", "{{end}} per second"): "no evaluation",
     ("Ends in the workers", "{{code}}"): "no fault",
+    ("Messages of agent programs per second", "{{place}}"): "no agent program",
     ("Dead letters", "learner, {{cause}}"): "no fault",
     ("Dead letters", "worker, {{cause}}"): "no fault",
     ("Steps per second", "repeated {{request}}"): "no fault",

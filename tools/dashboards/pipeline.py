@@ -47,6 +47,8 @@ TRAJECTORIES = (
     Panel("Ends in the workers", "none", {
         "{{end}}": rate("rollout_trajectories", "end"), "{{code}}": rate("rollout_failed_attempts", "code"),
     }, "Ended trajectories by outcome, and failed attempts by error code."),
+    Panel("Messages of agent programs per second", "none", {"{{place}}": rate("rollout_agent_messages", "place")},
+          "Branched: a program rewrote its past. Refused: a request that is not served."),
     Panel("Groups per second", "none", {
         "{{environment}}": rate("learner_trained_groups", "environment"),
         "{{environment}}, equal rewards, {{fate}}": rate("learner_even_groups", "environment, fate"),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from palimpsest.common.arrays import unpack_int32
+from palimpsest.common.branches import sequences
 from palimpsest.common.messages import Ending, TrajectoryFinished
 from palimpsest.common.trajectory import behavior_logprobs, token_versions
 from palimpsest.common.versions import UNTRAINABLE, Version
@@ -22,30 +23,34 @@ def to_rows(
 ) -> list[Row]:
     """Return the rows of one group, with advantages. advantages: the value of learner.advantages.kind.
 
+    A record has a row for each of its sequences, all with its advantage. Its reward counts once in the baseline.
+
     lowest: tokens of lower versions exceed the staleness bound and are untrainable. baseline: more trajectories of the
     group; only their rewards count.
     """
-    rows = []
+    rows: list[Row] = []
     rewards = [record.reward for record in (*records, *baseline)]
     for record, advantage in zip(records, group_advantages(advantages, rewards)[: len(records)], strict=True):
-        tokens = unpack_int32(record.tokens)
-        versions = token_versions(record.segments, len(tokens))
-        stale = versions < lowest
-        rows.append(
-            Row(
-                trajectory=record.trajectory,
-                tokens=tokens,
-                versions=np.where(stale, np.int32(UNTRAINABLE), versions),
-                behavior=np.where(stale, np.float32(0), behavior_logprobs(record.segments, len(tokens))),
-                temperature=record.temperature,
-                advantage=advantage,
-                reward=record.reward,
-                success=record.success,
-                group=record.group,
-                truncated=record.ending is Ending.TRUNCATED,
-            )
-        )
+        rows += [_row(sequence, advantage, lowest) for sequence in sequences(record)]
     return rows
+
+
+def _row(record: TrajectoryFinished, advantage: float, lowest: int) -> Row:
+    tokens = unpack_int32(record.tokens)
+    versions = token_versions(record.segments, len(tokens))
+    stale = versions < lowest
+    return Row(
+        trajectory=record.trajectory,
+        tokens=tokens,
+        versions=np.where(stale, np.int32(UNTRAINABLE), versions),
+        behavior=np.where(stale, np.float32(0), behavior_logprobs(record.segments, len(tokens))),
+        temperature=record.temperature,
+        advantage=advantage,
+        reward=record.reward,
+        success=record.success,
+        group=record.group,
+        truncated=record.ending is Ending.TRUNCATED,
+    )
 
 
 def split_minibatches(groups: Sequence[list[Row]], minibatches: int, *, seed: int, version: Version) -> list[list[Row]]:

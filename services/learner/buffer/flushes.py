@@ -1,4 +1,4 @@
-"""Unscored flushes of live trajectories, by trajectory. Pure.
+"""Unscored flushes of live trajectories, by trajectory, those of its branches included. Pure.
 
 The next flush of a trajectory contains all tokens of the earlier flush, so only the last flush is kept. When
 a trajectory is sampled twice, by a worker that was presumed dead and by its successor, neither flush contains the
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from palimpsest.common.arrays import unpack_int32
+from palimpsest.common.branches import trajectory_of
 from palimpsest.common.messages import SegmentFlushed
 from palimpsest.common.trajectory import token_versions
 
 SAMPLINGS = 8
-"""Maximum number of flushes kept of one trajectory. Each worker that samples it again adds one."""
+"""Maximum number of flushes kept of one token sequence. Each worker that samples it again adds one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,29 +41,31 @@ class FlushBuffer:
         return sum(map(len, self._kept.values()))
 
     def of(self, trajectory: str) -> list[Flushed]:
-        """The flushes of one trajectory, in the order of arrival."""
-        return list(self._kept.get(trajectory, ()))
+        """The flushes of one trajectory and its branches, in the order of arrival."""
+        return list(self._kept.get(trajectory_of(trajectory), ()))
 
     def add(self, new: Flushed) -> list[Flushed]:
         """Keep a flush. Return the flushes that it replaces, or the flush itself if a kept one contains all of it.
 
-        Beyond SAMPLINGS flushes of one trajectory the oldest is replaced, so that no flood of them fills the memory.
+        Beyond SAMPLINGS flushes of one sequence the oldest is replaced, so that no flood of them fills the memory.
         """
-        kept = self._kept.setdefault(new.record.trajectory, [])
-        if any(_contains(other.record, new.record) for other in kept):
+        name = new.record.trajectory
+        kept = self._kept.setdefault(trajectory_of(name), [])
+        same = [other for other in kept if other.record.trajectory == name]
+        if any(_contains(other.record, new.record) for other in same):
             return [new]
-        needless = [other for other in kept if _contains(new.record, other.record)]
-        left = [other for other in kept if other not in needless] + [new]
-        self._kept[new.record.trajectory] = left[-SAMPLINGS:]
-        return needless + left[:-SAMPLINGS]
+        needless = [other for other in same if _contains(new.record, other.record)]
+        needless += [other for other in same if other not in needless][: -(SAMPLINGS - 1)]
+        self._kept[trajectory_of(name)] = [other for other in kept if other not in needless] + [new]
+        return needless
 
     def remove(self, flushed: Flushed) -> None:
         """Remove a flush that was scored. Does nothing if it is not kept."""
         kept = [other for other in self.of(flushed.record.trajectory) if other != flushed]
         if kept:
-            self._kept[flushed.record.trajectory] = kept
+            self._kept[trajectory_of(flushed.record.trajectory)] = kept
         else:
-            self._kept.pop(flushed.record.trajectory, None)
+            self._kept.pop(trajectory_of(flushed.record.trajectory), None)
 
     def forget(self, trajectory: str) -> list[Flushed]:
         """Remove and return all flushes of a trajectory that has ended."""

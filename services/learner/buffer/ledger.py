@@ -16,6 +16,7 @@ from typing import Generic
 
 from msgspec import Struct
 
+from palimpsest.common.branches import trajectory_of
 from palimpsest.common.messages import DropReason, group_id, trajectory_id
 from palimpsest.common.staleness_bound import StalenessBound
 from palimpsest.common.versions import Version
@@ -120,8 +121,8 @@ class TrajectoryLedger(Generic[T]):
         return group
 
     def status_of(self, group: str, trajectory: str) -> ArrivalStatus:
-        """Return the status that a record of this trajectory would have now. Changes nothing."""
-        return self._find(group, trajectory).status
+        """Return the status that a record of this trajectory, or of a branch, would have now. Changes nothing."""
+        return self._find(group, trajectory_of(trajectory)).status
 
     def arrive(self, group: str, trajectory: str, item: T, *, newest: Version | None = None) -> ArrivalStatus:
         """Enter a finished trajectory. newest: version of its newest token; None if no token was sampled."""
@@ -236,8 +237,8 @@ class TrajectoryLedger(Generic[T]):
         return group in self._open
 
     def is_pending(self, trajectory: str) -> bool:
-        """Whether the trajectory is awaited or waits to be trained on."""
-        name, sample = parse_id(trajectory)
+        """Whether the trajectory, or that of a branch, is awaited or waits to be trained on."""
+        name, sample = parse_id(trajectory_of(trajectory))
         group = self._open.get(name)
         return group is not None and 0 <= sample < group.samples and sample not in group.ended
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from palimpsest.common.branches import trajectory_of
 from palimpsest.common.bus.decoding import TRAJECTORY
 from palimpsest.common.bus.port import Record
 from palimpsest.common.logs import logger
@@ -77,8 +78,10 @@ class Drops:
         """Dead-letter the trajectories of a trained batch on which the training failed. Return the batch and its rows
         without them.
 
-        failed: trajectory -> error text. Raises Fenced, and UserError if it failed on all of them.
+        failed: row, by the name of its trajectory or branch -> error text; a trajectory with a failed branch is left
+        out as a whole. Raises Fenced, and UserError if it failed on all of them.
         """
+        failed = {trajectory_of(name): error for name, error in failed.items()}
         if failed and all(one.record.trajectory in failed for group in batch for one in group.items):
             raise UserError(
                 f"a pass fails on every trajectory of the batch, so the cause is probably not in the records: "
@@ -100,7 +103,7 @@ class Drops:
                 replace(group, items=[one for one in group.items if one.record.trajectory not in failed])
                 for group in batch
             ],
-            [[row for row in group if row.trajectory not in failed] for group in rows],
+            [[row for row in group if trajectory_of(row.trajectory) not in failed] for group in rows],
         )
 
     def counts(self) -> dict[str, int]:

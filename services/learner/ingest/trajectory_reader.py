@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from palimpsest.common.branches import sequences
 from palimpsest.common.bus.port import Bus, Record
 from palimpsest.common.evaluation.tasks import is_evaluation
 from palimpsest.common.instruments import report_lag
@@ -17,6 +18,7 @@ from palimpsest.common.logs import logger
 from palimpsest.common.messages import REPLAYED, TRAJECTORIES, SegmentFlushed, TrajectoryDropped, TrajectoryFinished
 from palimpsest.common.offset_tracker import OffsetTracker
 from palimpsest.common.rejected_record import FOREIGN, RejectCause, RejectedRecord
+from palimpsest.common.trajectory import trainable
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
 from palimpsest.services.learner.buffer.flushes import FlushBuffer, Flushed
@@ -45,11 +47,11 @@ class ReceivedTrajectory:
     @property
     def newest(self) -> Version | None:
         """Highest version among its tokens; None if no token was sampled."""
-        return max((segment.version for segment in self.record.segments), default=None)
+        return max((one.version for part in sequences(self.record) for one in part.segments), default=None)
 
     def sampled_from(self, lowest: int) -> int:
         """Number of tokens of version `lowest` or later."""
-        return sum(len(segment) for segment in self.record.segments if segment.version >= lowest)
+        return sum(len(one) for part in sequences(self.record) for one in part.segments if one.version >= lowest)
 
 
 class EvaluationRecords(Protocol):
@@ -227,7 +229,7 @@ class TrajectoryReader:
     def _accept_finished(self, message: TrajectoryFinished, record: Record, status: ArrivalStatus) -> None:
         if status in ACCEPTED:
             self._skip(self.flushed.forget(message.trajectory))  # the finished trajectory contains them
-            self.sampled_tokens += sum(map(len, message.segments))
+            self.sampled_tokens += sum(trainable(part.segments) for part in sequences(message))
         else:
             self._tracker.resolve(record.partition, record.offset)
         self._log(status, message, record)

@@ -3,6 +3,7 @@
 import math
 
 from palimpsest.common.arrays import unpack_int32
+from palimpsest.common.branches import MARK, sequences
 from palimpsest.common.messages import SegmentFlushed, TrajectoryDropped, TrajectoryFinished
 from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.trajectory import MalformedTrajectory, check, check_tokens
@@ -54,7 +55,12 @@ def check_sampled(message: TrajectoryFinished | SegmentFlushed, newest: Version,
 
 def check_finished(message: TrajectoryFinished, newest: Version, *, vocabulary: int) -> None:
     """Raise MalformedTrajectory unless everything that training relies on holds."""
-    check_sampled(message, newest, vocabulary=vocabulary)
+    if MARK in message.trajectory or any(branch.number < 1 for branch in message.branches):
+        raise MalformedTrajectory(RejectCause.OUT_OF_RANGE, "the branches of a trajectory are numbered from 1")
+    if len({branch.number for branch in message.branches}) < len(message.branches):
+        raise MalformedTrajectory(RejectCause.OUT_OF_RANGE, "two branches of a trajectory have one number")
+    for sequence in sequences(message):
+        check_sampled(sequence, newest, vocabulary=vocabulary)
     if not math.isfinite(message.reward):
         raise MalformedTrajectory(RejectCause.NOT_FINITE, f"reward is {message.reward}; it must be finite")
     if not 0 <= message.reward <= 1:

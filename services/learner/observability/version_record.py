@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from palimpsest.common.branches import sequences, trajectory_of
 from palimpsest.common.messages import Ending, TrajectoryFinished
 from palimpsest.common.trajectory import cuts
 from palimpsest.common.versions import Version
@@ -62,13 +63,17 @@ class Batch:
             by_group.setdefault(record.group, []).append(record.reward)
         return list(by_group.values())
 
+    def sequences(self) -> list[TrajectoryFinished]:
+        """A record for each token sequence, branches included."""
+        return [part for record in self.records for part in sequences(record)]
+
     def over_staleness(self) -> int:
         """Number of tokens of the trained trajectories that exceed the staleness bound."""
-        return sum(len(s) for record in self.records for s in record.segments if s.version < self.lowest)
+        return sum(len(s) for record in self.sequences() for s in record.segments if s.version < self.lowest)
 
     def versions(self, record: TrajectoryFinished) -> list[Version]:
-        """Version of each segment inside the staleness bound."""
-        return [segment.version for segment in record.segments if segment.version >= self.lowest]
+        """Version of each segment inside the staleness bound, those of the branches included."""
+        return [s.version for part in sequences(record) for s in part.segments if s.version >= self.lowest]
 
 
 def version_record(
@@ -106,7 +111,7 @@ def version_record(
         "groups": _samples(records),
         "tokens": len(tokens.staleness),
         "masked_tokens": {"over_staleness": batch.over_staleness()},
-        "length": sum(len(r.tokens) // 4 for r in records) / len(records),
+        "length": sum(len(r.tokens) // 4 for r in batch.sequences()) / len(records),
         "reward": sum(r.reward for r in records) / len(records),
         "reward_deviation": round_for_json(float(np.std([record.reward for record in records]))),
         "successes": "".join("1" if r.success else "0" for r in records),
@@ -227,7 +232,7 @@ def round_for_json(value: Any) -> Any:
 def _by_worker(flat: TokenTable, trained: StepResult, records: Sequence[TrajectoryFinished]) -> dict[str, Any]:
     """Worker, each with its own engine -> number of its tokens and mean |log discrepancy|."""
     worker_of = {record.trajectory: record.worker for record in records}
-    names = [worker_of.get(row.trajectory) for part in trained.micro_batches for row in part.batch.rows]
+    names = [worker_of.get(trajectory_of(row.trajectory)) for part in trained.micro_batches for row in part.batch.rows]
     workers = np.array([name or "" for name in names], dtype=object)[flat.trajectory]
     measures = {}
     for worker in sorted({name for name in names if name}):

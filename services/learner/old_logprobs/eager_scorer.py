@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from palimpsest.common.arrays import Float32Array, Int32Array, unpack_int32
+from palimpsest.common.branches import sequences
 from palimpsest.common.bus.port import Bus, Outgoing
 from palimpsest.common.messages import OLD_LOGPROBS, OldLogprobsComputed, SegmentFlushed, TrajectoryFinished, encode
 from palimpsest.common.trajectory import token_versions
@@ -23,8 +24,8 @@ from palimpsest.services.learner.old_logprobs.score_store import ScoreStore, old
 BY = "learner"
 Score = Callable[[Sequence[PaddedBatch]], list[Float32Array]]
 """Log-prob of every token of each micro-batch under the resident weights, [rows, tokens] float32, nats."""
-Place = tuple[int, int]
-"""Partition and offset on `trajectories`."""
+Place = tuple[int, int, int]
+"""Partition and offset on `trajectories`, and the place of a token sequence in the record."""
 
 
 class Sampled(Protocol):
@@ -106,7 +107,7 @@ class EagerScorer:
 
     def is_done(self, one: Sampled) -> bool:
         """Whether `work` has processed this record and left no token of the resident version in it unscored."""
-        return (one.partition, one.offset) in self._done
+        return all((one.partition, one.offset, place) in self._done for place in range(len(_parts(one.record))))
 
     def _update_waiting(self, sampled: Iterable[Sampled], now: Version, digest: str) -> None:
         """Add new trajectories to `_waiting`; remove trajectories that are not in `sampled`."""
@@ -114,7 +115,9 @@ class EagerScorer:
             self._resident = (now, digest)
             self._done.clear()
             self._waiting.clear()
-        records = {(one.partition, one.offset): one.record for one in sampled}
+        records = {
+            (one.partition, one.offset, place): part for one in sampled for place, part in enumerate(_parts(one.record))
+        }
         self._done &= records.keys()
         for place in self._waiting.keys() - records.keys():
             del self._waiting[place]
@@ -164,6 +167,10 @@ class EagerScorer:
         for record in records:
             self._scores.put(record)
         return sum(record.stop - record.start for record in records)
+
+
+def _parts(record: TrajectoryFinished | SegmentFlushed) -> Sequence[TrajectoryFinished | SegmentFlushed]:
+    return (record,) if isinstance(record, SegmentFlushed) else sequences(record)
 
 
 def _row(record: TrajectoryFinished | SegmentFlushed, tokens: Int32Array, versions: Int32Array) -> Row:

@@ -2,7 +2,8 @@
 
 The log-prob of a token depends on the weights and on the tokens before it. The key of a value has five fields: the
 trajectory's id, the span, the version, the digest of its weights, and the digest of the tokens up to the span's end. A
-value applies to a token only if all five fields match.
+value applies to a token only if all five fields match. The branches of a trajectory share its values: where their
+tokens differ, so do the digests.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ import numpy as np
 from blake3 import blake3
 
 from palimpsest.common.arrays import Float32Array, Int32Array, pack_float32, pack_int32, unpack_float32
+from palimpsest.common.branches import trajectory_of
 from palimpsest.common.messages import OldLogprobsComputed
 from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.trajectory import MalformedTrajectory
@@ -57,7 +59,7 @@ class ScoreStore:
         check_computed(computed)
         key = _Key(computed.start, computed.stop, computed.version, computed.digest, computed.prefix)
         values = unpack_float32(computed.values)
-        known = self._known.setdefault(computed.trajectory, {})
+        known = self._known.setdefault(trajectory_of(computed.trajectory), {})
         first = known.setdefault(key, values)
         if first is values:
             return
@@ -75,7 +77,7 @@ class ScoreStore:
         digest get no value.
         """
         digests = self.digests if digests is None else digests
-        known = self._known.get(row.trajectory)
+        known = self._known.get(trajectory_of(row.trajectory))
         if not known:
             return row
         old = np.full(len(row.tokens), np.nan, dtype=np.float32) if row.old is None else row.old.copy()

@@ -37,8 +37,9 @@ class ScoringQueue:
         return len(self._jobs)
 
     def add(self, rows: Mapping[Version, Row], origin: Position) -> None:
-        """Add a job for each of a record's rows (at least one), keyed by version."""
-        self._left[origin] = len(rows)
+        """Add a job for each of the rows (at least one), keyed by version. A record has a call for each of its token
+        sequences."""
+        self._left[origin] = self._left.get(origin, 0) + len(rows)
         self._jobs += [ScoringJob(version, row, origin) for version, row in rows.items()]
 
     def prioritize(self, rows: Mapping[Version, Row]) -> None:

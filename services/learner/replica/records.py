@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from palimpsest.common.arrays import unpack_int32
+from palimpsest.common.branches import sequences
 from palimpsest.common.messages import OldLogprobsRequested, SegmentFlushed, TrajectoryFinished
-from palimpsest.common.rejected_record import RejectCause
+from palimpsest.common.rejected_record import RejectCause, RejectedRecord
 from palimpsest.common.trajectory import MalformedTrajectory, check, check_tokens
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
@@ -13,6 +15,19 @@ from palimpsest.services.learner.old_logprobs.scoring import rows_by_version
 
 LAST_VERSION = 2**31 - 1
 """Largest version of a token: versions are int32."""
+
+
+def rows_of(message: Any, *, run: str, vocabulary: int) -> list[Mapping[Version, Row]]:
+    """Return the rows to score of each token sequence of a message, by version; empty if it has none.
+
+    Raises RejectedRecord if it is of another run, or if no model can score it.
+    """
+    if message.run != run:
+        raise RejectedRecord(RejectCause.WRONG_RUN, f"the record is of run {message.run}, not of {run}")
+    if not isinstance(message, TrajectoryFinished | SegmentFlushed | OldLogprobsRequested):
+        return []
+    parts = sequences(message) if isinstance(message, TrajectoryFinished) else (message,)
+    return [rows for part in parts if (rows := to_rows(part, vocabulary=vocabulary))]
 
 
 def to_rows(

@@ -23,15 +23,12 @@ from palimpsest.common.messages import (
     OLD_LOGPROBS,
     TRAJECTORIES,
     ControlChanged,
-    OldLogprobsRequested,
     RunFinished,
-    SegmentFlushed,
-    TrajectoryFinished,
     VersionPublished,
     encode,
 )
 from palimpsest.common.offset_tracker import OffsetTracker
-from palimpsest.common.rejected_record import RejectCause, RejectedRecord
+from palimpsest.common.rejected_record import RejectedRecord
 from palimpsest.common.run_end import RunEnd
 from palimpsest.common.service import Status, Stop
 from palimpsest.common.snapshots.client import VersionMissing
@@ -48,7 +45,7 @@ from palimpsest.services.learner.old_logprobs.scoring import score
 from palimpsest.services.learner.old_logprobs.versioned_model import VersionedModel
 from palimpsest.services.learner.replica import instruments
 from palimpsest.services.learner.replica.queue import ScoringJob, ScoringQueue
-from palimpsest.services.learner.replica.records import to_rows
+from palimpsest.services.learner.replica.records import rows_of
 
 GROUP = "replica"
 POLL_S = 0.25
@@ -188,7 +185,7 @@ class ReplicaWorker:
         """Rows that batches have requested since the last call, by version."""
         requests = []
         while records := self._requested.poll(limit=POLL_RECORDS, timeout_s=0.0):
-            requests += [rows for record in records if (rows := self._rows(record))]
+            requests += [rows for record in records for rows in self._rows(record)]
         return requests
 
     def _prioritize(self, requests: Iterable[Mapping[Version, Row]]) -> None:
@@ -199,21 +196,17 @@ class ReplicaWorker:
     def _take(self, record: Record) -> None:
         """Queue the rows of a trajectory."""
         self._frontier.read(record.partition, record.offset)
-        if rows := self._young(self._rows(record)):
+        young = [rows for found in self._rows(record) if (rows := self._young(found))]
+        for rows in young:
             self._backlog.add(rows, Position(record.partition, record.offset))
-        else:
+        if not young:
             self._frontier.resolve(record.partition, record.offset)
         instruments.WAITING.set(len(self._backlog))
 
-    def _rows(self, record: Record) -> Mapping[Version, Row]:
-        """The rows of the record to score, by version; empty if the record cannot be used."""
+    def _rows(self, record: Record) -> list[Mapping[Version, Row]]:
+        """The rows to score of each token sequence of the record, by version; empty if the record cannot be used."""
         try:
-            message = message_in(record)
-            if message.run != self._run:
-                raise RejectedRecord(RejectCause.WRONG_RUN, f"the record is of run {message.run}, not of {self._run}")
-            if not isinstance(message, TrajectoryFinished | SegmentFlushed | OldLogprobsRequested):
-                return {}
-            return to_rows(message, vocabulary=self._vocabulary)
+            return rows_of(message_in(record), run=self._run, vocabulary=self._vocabulary)
         except RejectedRecord as error:  # the learner reads the same record and dead-letters it
             self._skip("unusable", 1)
             logger().warning(
@@ -223,7 +216,7 @@ class ReplicaWorker:
                 offset=record.offset,
                 reason=str(error),
             )
-            return {}
+            return []
 
     def _young(self, rows: Mapping[Version, Row]) -> Mapping[Version, Row]:
         """Leave out the versions whose tokens the learner will mask: the next batch is trained at the newest version or
