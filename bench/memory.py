@@ -20,7 +20,6 @@ maximum of the cases) and tokens_per_s_ratio (chunked / full, geometric mean of 
 import argparse
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,9 +27,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from palimpsest.plan.live_bytes import LiveBytes
 from palimpsest.services.learner.model.logprobs import Positions, chunked_logprobs
 from palimpsest.services.learner.model.output_head import LinearHead, Transform
 
@@ -129,10 +127,10 @@ def step(one: Pass, states: Tensor, weight: Tensor, positions: Positions) -> Non
 
 def peak_bytes(one: Callable[[], None], known: Sequence[Tensor]) -> int:
     """Return the maximum of the bytes in tensors during a step, without those of `known`."""
-    with Peak(known) as peak:
+    with LiveBytes(known) as live:
         one()
-    most: int = peak.bytes
-    return most
+    peak: int = live.peak
+    return peak
 
 
 def duration(one: Callable[[], None], device: torch.device) -> float:
@@ -144,36 +142,6 @@ def duration(one: Callable[[], None], device: torch.device) -> float:
     one()
     synchronize(device)
     return (now() - began) / (torch.get_num_threads() if on_cpu else 1)
-
-
-class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Maximum of the bytes in live storages, without those of `known`."""
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._live = {tensor.untyped_storage()._cdata for tensor in known}
-        self._held = 0
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
-        self.bytes = max(self.bytes, self._held)
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._live:
-            return
-        self._live.add(key)
-        self._held += size
-        weakref.finalize(storage, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self._live.discard(key)
-        self._held -= size
 
 
 def free(device: torch.device) -> int:

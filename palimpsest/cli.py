@@ -107,6 +107,13 @@ def doctor(arguments: Sequence[str]) -> None:
     sys.exit(examine(arguments))
 
 
+def plan(arguments: Sequence[str]) -> None:
+    """Print the memory that a run needs on each GPU. Exits with 1 if it does not fit."""
+    from palimpsest.plan.command import command
+
+    sys.exit(command(arguments))
+
+
 def env(arguments: Sequence[str]) -> None:
     """List the environments, or show a task."""
     from palimpsest.env_command import command
@@ -178,6 +185,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "store": (store, "list, show, check, export and import the stored versions of a run"),
     "pin": (pin, "keep a version of a running run, or release it"),
     "doctor": (doctor, "check this machine: print every result, its meaning and the remedy"),
+    "plan": (plan, "print the memory that a run needs on each GPU, and the keys that change it"),
     "token": (token, "make a token for the HTTP services, and its line for the tokens file"),
     "acls": (acls, "print the commands that give each role its rights on Kafka"),
     "env": (env, "list the environments, or show a task of an environment"),

@@ -50,7 +50,7 @@ ENV = {
 }
 COMMANDS = {
     *("run", "check", "report", "audit", "dead-letters", "rescore", "export", "doctor", "env", "token", "acls"),
-    *("store", "pin", "eval"),
+    *("store", "pin", "eval", "plan"),
     *("status", "watch", "get", "set", "pause", "resume", "checkpoint", "cut", "drain", "stop", "changes"),
 }
 

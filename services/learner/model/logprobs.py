@@ -106,7 +106,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         backward = any(ctx.needs_input_grad)
         for start in _wanted_chunks(positions.wanted, chunk):
             logits = head.logits(hidden[start : start + chunk])
-            for block in _blocks(logits):
+            for block in float32_blocks(logits):
                 rows = slice(start + block.start, start + block.stop)
                 scaled = logits[block].float()
                 if positions.scaled:
@@ -137,7 +137,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 touched |= gradient != 0
         places = (touched & ctx.wanted).nonzero()[:, 0]
         zero = torch.zeros(1, device=hidden.device).expand(len(hidden))
-        tokens = _Tokens(
+        tokens = TokensWithGradient(
             hidden=hidden[places],
             targets=targets[places],
             temperatures=temperatures[places] if ctx.scaled else None,
@@ -147,12 +147,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
             entropies=entropies[places, None],
         )
         needs = ctx.needs_input_grad
-        by_hidden, by_weight, by_bias = _gradients(head, tokens, ctx.chunk, weight=needs[1], bias=needs[2])
+        by_hidden, by_weight, by_bias = head_gradients(head, tokens, ctx.chunk, weight=needs[1], bias=needs[2])
         spread = torch.zeros_like(hidden).index_copy_(0, places, by_hidden.to(hidden.dtype)) if needs[0] else None
         return spread, by_weight, by_bias, None, None, None, None
 
 
-class _Tokens(NamedTuple):
+class TokensWithGradient(NamedTuple):
     """Positions with a gradient; [tokens, ...]."""
 
     hidden: Tensor
@@ -167,12 +167,12 @@ class _Tokens(NamedTuple):
     """Derivative of the loss by the entropy, [tokens, 1]."""
     entropies: Tensor
 
-    def part(self, rows: slice) -> "_Tokens":
-        return _Tokens(*(None if values is None else values[rows] for values in self))  # type: ignore[arg-type]
+    def part(self, rows: slice) -> "TokensWithGradient":
+        return TokensWithGradient(*(None if values is None else values[rows] for values in self))  # type: ignore[arg-type]
 
 
-def _gradients(
-    head: LinearHead, tokens: _Tokens, chunk: int, *, weight: bool, bias: bool
+def head_gradients(
+    head: LinearHead, tokens: TokensWithGradient, chunk: int, *, weight: bool, bias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of hidden states (float32), weight and bias, tile by tile.
 
@@ -191,7 +191,7 @@ def _gradients(
         for start in range(0, count, height):
             part = tokens.part(slice(start, start + height))
             tile = head.logits(part.hidden, entries)
-            for block in _blocks(tile):
+            for block in float32_blocks(tile):
                 _to_gradient_(tile[block], part.part(block), first, head)
             by_hidden[start : start + height] += tile @ head.weight[entries]
             if by_weight is not None:
@@ -206,7 +206,7 @@ def _gradients(
     return by_hidden, by_weight, by_bias
 
 
-def _to_gradient_(logits: Tensor, tokens: _Tokens, first: int, head: LinearHead) -> None:
+def _to_gradient_(logits: Tensor, tokens: TokensWithGradient, first: int, head: LinearHead) -> None:
     """Replace logits by the derivative of the loss by the head's product. first: vocabulary entry of column 0."""
     logprobs = logits.float()
     slope = head.transform.slope(logprobs)
@@ -237,7 +237,7 @@ def _wanted_chunks(wanted: Tensor, chunk: int) -> list[int]:
     return [i * chunk for i, any_wanted in enumerate(padded.view(-1, chunk).any(1).tolist()) if any_wanted]
 
 
-def _blocks(logits: Tensor) -> Iterator[slice]:
+def float32_blocks(logits: Tensor) -> Iterator[slice]:
     """Rows of the logits that are float32 at the same time."""
     entries = BLOCK_ENTRIES.get(logits.device.type, BLOCK_ENTRIES_ELSEWHERE)
     size = max(1, entries // max(1, logits.shape[1]))

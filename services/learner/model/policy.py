@@ -62,20 +62,29 @@ def checkpoint_activations(model: torch.nn.Module) -> None:
     transformers does so for layers in training mode only. Only the layers themselves are set to it, not their parts:
     dropout stays off. A model whose values change with it is refused.
     """
+    tokens = torch.arange(PROBE_TOKENS, device=next(model.parameters()).device)[None]
+    before = decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state
+    keep_layer_inputs(model)
+    if not torch.equal(decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state, before):
+        raise UserError(
+            f"learner.activation_checkpointing: {type(model).__name__} computes other values in training mode "
+            f"(dropout in its layers); set it to false"
+        )
+
+
+def keep_layer_inputs(model: torch.nn.Module) -> None:
+    """Switch the checkpointing of transformers on, without a look at values. Raises UserError if there is none."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     causal: Any = model
-    tokens = torch.arange(PROBE_TOKENS, device=next(model.parameters()).device)[None]
-    before = decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    refusal = f"learner.activation_checkpointing: {type(model).__name__}"
     if not layers or not causal.supports_gradient_checkpointing:
-        raise UserError(f"{refusal} does not support it; set it to false")
+        raise UserError(
+            f"learner.activation_checkpointing: {type(model).__name__} does not support it; set it to false"
+        )
     causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in layers:
         layer.training = True
-    if not torch.equal(decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state, before):
-        raise UserError(f"{refusal} computes other values in training mode (dropout in its layers); set it to false")
 
 
 def token_logprobs(

@@ -1,0 +1,1 @@
+"""`palimpsest plan`: the memory that a run needs on each GPU, by cause, before anything is started."""

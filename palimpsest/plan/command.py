@@ -1,0 +1,132 @@
+"""`palimpsest plan`: prints the memory that a run needs on each GPU, and the keys that change it."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from palimpsest.common.config import RunConfig, load
+from palimpsest.common.config.schema import VllmEngineConfig
+from palimpsest.common.trajectory_limit import with_limit
+from palimpsest.common.user_error import UserError
+from palimpsest.plan import text
+from palimpsest.plan.causes import Memory
+from palimpsest.plan.engine_memory import EngineMemory, engine_memory
+from palimpsest.plan.gpus import Gpus, Needed, needed, parse
+from palimpsest.plan.learner_memory import learner_memory, pass_shape
+from palimpsest.plan.rehearsal import ModelSize, PassShape, rehearse
+
+PROGRAM = "palimpsest plan"
+USAGE = f"""\
+usage: {PROGRAM} RUN.toml --gpus NUMBERxGIB [--json] [--SECTION.KEY=VALUE ...]
+
+Print the memory that a run needs on each GPU of a machine, by cause, what does not fit, and which keys to change. The
+passes of the learner are rehearsed without data, so the plan needs no GPU and reads only the model's config.json.
+
+  --gpus 8x80   eight GPUs with 80 GiB each
+  --json        print the plan as JSON
+
+Exits with 1 if the run does not fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run needs."""
+
+    gpus: Gpus
+    model: ModelSize
+    shape: PassShape
+    learner: Memory
+    engine: EngineMemory | None
+    """None without a vLLM engine."""
+    needed: Needed
+    remedies: tuple[tuple[tuple[str, ...], int], ...]
+    """Keys with values that lower the learner's peak, and the peak with them in bytes; empty if the learner fits."""
+    live_tokens: int
+    """Tokens of rollout.max_live trajectories of the greatest length."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether every process fits its GPUs."""
+        return not text.misfits(self)
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Print the plan. Returns the exit code. Raises UserError."""
+    if {"--help", "-h"} & set(arguments):
+        print(USAGE)
+        return 0
+    given, rest = _options(arguments)
+    plan = make_plan(load(rest, os.environ, program=PROGRAM).config, parse(given["gpus"]))
+    print(json.dumps(text.as_json(plan), indent=2) if "json" in given else text.render(plan))
+    return 0 if plan.fits else 1
+
+
+def make_plan(config: RunConfig, gpus: Gpus) -> Plan:
+    """Rehearse the run's largest passes and return its plan. Raises UserError."""
+    config = with_limit(config)
+    longest = config.sampling.max_trajectory_tokens
+    assert longest is not None
+    shape = pass_shape(config.learner, longest, config.model.attention)
+    memory, model = _learner(config, shape)
+    engine = config.rollout.engine
+    remedies = () if memory.peak <= gpus.usable else tuple(_remedies(config, longest))
+    return Plan(
+        gpus=gpus,
+        model=model,
+        shape=shape,
+        learner=memory,
+        engine=engine_memory(engine, model.weights, _text_config(config.model.path), gpus)
+        if isinstance(engine, VllmEngineConfig)
+        else None,
+        needed=needed(config),
+        remedies=remedies,
+        live_tokens=config.rollout.max_live * longest,
+    )
+
+
+def _learner(config: RunConfig, shape: PassShape) -> tuple[Memory, ModelSize]:
+    rehearsed = rehearse(config.model.path, shape)
+    ranks = config.local.learner_ranks
+    return learner_memory(config.learner, rehearsed, shape, ranks=ranks, gpu=True), rehearsed.model
+
+
+def _remedies(config: RunConfig, longest: int) -> list[tuple[tuple[str, ...], int]]:
+    """Try the keys that cost least, one after the other, and return each combination with its peak."""
+    changes: list[tuple[str, dict[str, Any]]] = []
+    if not config.learner.activation_checkpointing:
+        changes.append(("learner.activation_checkpointing = true", {"activation_checkpointing": True}))
+    if longest < config.learner.micro_batch_tokens:
+        changes.append((f"learner.micro_batch_tokens = {longest}", {"micro_batch_tokens": longest}))
+    tried, found = [], []
+    for name, change in changes:
+        config = config.model_copy(update={"learner": config.learner.model_copy(update=change)})
+        tried.append(name)
+        shape = pass_shape(config.learner, longest, config.model.attention)
+        found.append((tuple(tried), _learner(config, shape)[0].peak))
+    return found
+
+
+def _text_config(path: str) -> Mapping[str, Any]:
+    from transformers import AutoConfig
+
+    values: Mapping[str, Any] = AutoConfig.from_pretrained(path).get_text_config().to_dict()
+    return values
+
+
+def _options(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Split off --gpus and --json. Raises UserError."""
+    given, rest = {}, []
+    words = iter(arguments)
+    for word in words:
+        name, separator, value = word.partition("=")
+        if name == "--gpus":
+            given["gpus"] = value if separator else next(words, "")
+        elif word == "--json":
+            given["json"] = ""
+        else:
+            rest.append(word)
+    if "gpus" not in given or not rest:
+        raise UserError(USAGE)
+    return given, rest

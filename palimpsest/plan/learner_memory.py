@@ -1,0 +1,87 @@
+"""Memory of a rank of the learner, from the run's configuration and the rehearsed passes. Pure.
+
+Every rank holds the whole model and its optimizer (services/learner/model/trainable.py).
+"""
+
+from palimpsest.common.config.learner import LearnerConfig
+from palimpsest.common.config.proximal import PROXIMAL_KINDS
+from palimpsest.plan.causes import Cause, Memory, Moment
+from palimpsest.plan.rehearsal import PassShape, Rehearsed
+from palimpsest.services.learner.model.logprobs import BLOCK_ENTRIES, BLOCK_ENTRIES_ELSEWHERE
+
+FLOAT32 = 4
+AVERAGED = ("ewma_prox", "ppo_ewma_async")
+FLOAT32_BLOCKS = 3
+"""Blocks of float32 logits that are live at one time in services/learner/model/logprobs.py."""
+
+
+def learner_memory(config: LearnerConfig, rehearsed: Rehearsed, shape: PassShape, *, ranks: int, gpu: bool) -> Memory:
+    """Return the memory of a rank. gpu: whether the rank runs on a GPU, where more logits are float32 at a time."""
+    held = tuple(_held(config, rehearsed))
+    return Memory(held, tuple(_moments(config, rehearsed, shape, ranks=ranks, gpu=gpu)))
+
+
+def pass_shape(config: LearnerConfig, longest: int, attention: str) -> PassShape:
+    """Return the largest pass. longest: sampling.max_trajectory_tokens.
+
+    A row longer than micro_batch_tokens has a pass to itself.
+    """
+    length = max(1, longest)
+    rows = 1 if config.vcpo.baseline else max(1, config.micro_batch_tokens // length)
+    return PassShape(rows, length, config.logprob_chunk_tokens, config.activation_checkpointing, attention)
+
+
+def _held(config: LearnerConfig, rehearsed: Rehearsed) -> list[Cause]:
+    model, kind = rehearsed.model, config.proximal.kind
+    each = FLOAT32 * model.parameters
+    causes = [
+        Cause("weights", model.weights),
+        Cause("masters, float32", each),
+        Cause("gradients, float32", each),
+        Cause("moments of AdamW, float32", 2 * each),
+    ]
+    if kind == "snapshot":
+        causes.append(Cause("weights of an old version", model.weights, ("learner.proximal.kind",)))
+    if kind in AVERAGED:
+        causes.append(Cause("average of the weights, float32", each, ("learner.proximal.kind",)))
+        causes.append(Cause("average in the model's type", model.weights, ("learner.proximal.kind",)))
+    if config.audit.fraction and not PROXIMAL_KINDS[kind].exact:
+        causes.append(Cause("weights of an old version, for the audit", model.weights, ("learner.audit.fraction",)))
+    if config.loss.kl.weight:
+        causes.append(Cause("weights of version 0", model.weights, ("learner.loss.kl.weight",)))
+    if config.advantages.kind == "gae":
+        size = model.decoder_weights + 4 * FLOAT32 * model.decoder_parameters
+        causes.append(Cause("critic with its optimizer", size, ("learner.advantages.kind",)))
+    if config.vcpo.baseline:
+        causes.append(Cause("gradients of the baseline, float32", 2 * each, ("learner.vcpo.baseline",)))
+    return causes
+
+
+def _moments(config: LearnerConfig, rehearsed: Rehearsed, shape: PassShape, *, ranks: int, gpu: bool) -> list[Moment]:
+    row, tokens = "sampling.max_trajectory_tokens", "learner.micro_batch_tokens"
+    pass_keys = (tokens,) if shape.length < config.micro_batch_tokens else (row, tokens)
+    kept_keys = pass_keys if shape.activation_checkpointing else ("learner.activation_checkpointing", *pass_keys)
+    chunk = ("learner.logprob_chunk_tokens",)
+    logits = Cause("float32 logits of a GPU's larger blocks", _larger_blocks(rehearsed, shape) if gpu else 0, chunk)
+    more = (logits,) if logits.size else ()
+    training = (
+        Cause("activations kept for the backward pass", rehearsed.kept, kept_keys),
+        Cause("other tensors of the passes", rehearsed.training - rehearsed.kept, (*chunk, *pass_keys)),
+        *more,
+    )
+    step = [Cause("denominators of AdamW, float32", rehearsed.step)]
+    if ranks > 1:
+        step = [max(step[0], Cause("sum of the gradients over the ranks", FLOAT32 * rehearsed.model.parameters),
+                    key=lambda cause: cause.size)]  # fmt: skip
+    return [
+        Moment("old log-probs", (Cause("tensors of a scoring pass", rehearsed.scoring, pass_keys), *more)),
+        Moment("training pass", training),
+        Moment("optimizer step", tuple(step)),
+    ]
+
+
+def _larger_blocks(rehearsed: Rehearsed, shape: PassShape) -> int:
+    """Bytes by which the float32 blocks of a GPU exceed those of the rehearsal, which has a CPU's."""
+    logits = min(shape.chunk, shape.tokens) * rehearsed.model.vocabulary
+    blocks = [min(logits, entries) for entries in (BLOCK_ENTRIES_ELSEWHERE, BLOCK_ENTRIES["cpu"])]
+    return FLOAT32_BLOCKS * FLOAT32 * (blocks[0] - blocks[1])

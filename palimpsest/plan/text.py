@@ -1,0 +1,119 @@
+"""The text and the JSON of a plan. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from palimpsest.plan.causes import GIB, Cause
+from palimpsest.plan.gpus import CONTEXT
+
+if TYPE_CHECKING:
+    from palimpsest.plan.command import Plan
+
+WIDTH = 46
+
+
+def render(plan: Plan) -> str:
+    """Return the plan for a terminal."""
+    model, shape, learner = plan.model, plan.shape, plan.learner
+    rows = f"{shape.rows} row{'s' if shape.rows > 1 else ''} of {shape.length:,} tokens"
+    lines = [
+        f"Model: {model.kind}, {_billions(model.parameters)} parameters, {_gib(model.weights)} GiB in its own type",
+        f"GPUs: {plan.gpus}; the run needs {plan.needed}",
+        "",
+        f"A rank of the learner, largest pass {rows}:        GiB",
+    ]
+    lines[-1] = f"{f'A rank of the learner; largest pass: {rows}':{WIDTH}}{'GiB':>9}"
+    lines += [_line(cause) for cause in learner.held]
+    lines.append(_sum("held all the time", learner.static))
+    for moment in learner.moments:
+        lines += [f"in addition during: {moment.name}", *(_line(cause) for cause in moment.causes)]
+    lines.append(_sum(f"peak, {learner.largest.name}", learner.peak))
+    lines.append(_sum(f"a GPU of {plan.gpus.gib:g} GiB, less {_gib(CONTEXT)} for CUDA", plan.gpus.usable))
+    lines += ["", *_engine(plan), *misfits(plan)]
+    if plan.fits:
+        lines.append("The run fits.")
+    lines += [f"With {' and '.join(keys)}: peak {_gib(peak)} GiB" for keys, peak in plan.remedies]
+    return "\n".join(lines)
+
+
+def misfits(plan: Plan) -> list[str]:
+    """Return a sentence for each thing that does not fit."""
+    sentences = []
+    if plan.needed.number > plan.gpus.number:
+        sentences.append(
+            f"Does not fit: the run needs {plan.needed} GPUs, and there are {plan.gpus.number}. Lower "
+            f"local.rollout_workers, local.learner_ranks or rollout.engine.tensor_parallel."
+        )
+    if (over := plan.learner.peak - plan.gpus.usable) > 0:
+        keys = sorted({key for cause in (*plan.learner.held, *plan.learner.largest.causes) for key in cause.keys})
+        sentences.append(
+            f"Does not fit: a rank of the learner needs {_gib(over)} GiB more than a GPU has. Keys that change it: "
+            f"{', '.join(keys)}."
+        )
+    if plan.engine is not None and plan.engine.cache <= 0:
+        sentences.append(
+            f"Does not fit: the engine's weights need {_gib(plan.engine.weights)} GiB of each GPU, more than "
+            f"rollout.engine.gpu_memory_utilization gives. Raise rollout.engine.tensor_parallel."
+        )
+    return sentences
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Return the plan as values for JSON, sizes in bytes."""
+    return {
+        "model": {"kind": plan.model.kind, "parameters": plan.model.parameters, "bytes": plan.model.weights},
+        "gpus": {"number": plan.gpus.number, "usable_bytes": plan.gpus.usable, "needed": plan.needed.number},
+        "learner": {
+            "pass": {"rows": plan.shape.rows, "length": plan.shape.length},
+            "held": {cause.name: cause.size for cause in plan.learner.held},
+            "moments": {
+                moment.name: {cause.name: cause.size for cause in moment.causes} for moment in plan.learner.moments
+            },
+            "peak_bytes": plan.learner.peak,
+            "peak_moment": plan.learner.largest.name,
+        },
+        "engine": None
+        if plan.engine is None
+        else {
+            "weights_bytes": plan.engine.weights,
+            "cache_bytes": plan.engine.cache,
+            "cache_tokens": plan.engine.tokens(),
+        },
+        "fits": plan.fits,
+        "misfits": misfits(plan),
+        "remedies": [{"keys": list(keys), "peak_bytes": peak} for keys, peak in plan.remedies],
+    }
+
+
+def _engine(plan: Plan) -> list[str]:
+    engine = plan.engine
+    if engine is None:
+        return []
+    lines = [
+        f"{'Each GPU of an engine':{WIDTH}}{'GiB':>9}",
+        _line(Cause("weights", engine.weights, ("rollout.engine.tensor_parallel",))),
+        _line(Cause("KV cache and buffers", max(0, engine.cache), ("rollout.engine.gpu_memory_utilization",))),
+    ]
+    if engine.token:
+        lines.append(
+            f"The cache holds {engine.tokens():,} tokens; rollout.max_live trajectories of the greatest length have "
+            f"{plan.live_tokens:,}."
+        )
+    return [*lines, ""]
+
+
+def _line(cause: Cause) -> str:
+    return f"  {cause.name:{WIDTH - 2}}{_gib(cause.size):>9}  {', '.join(cause.keys)}".rstrip()
+
+
+def _sum(name: str, size: int) -> str:
+    return f"{name:{WIDTH}}{_gib(size):>9}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:,.2f}"
+
+
+def _billions(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"

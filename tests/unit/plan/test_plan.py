@@ -1,0 +1,201 @@
+"""`palimpsest plan`: rehearsed bytes against counted ones, sums by hand, what does not fit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
+
+from palimpsest.common.config.learner import OptimizerConfig
+from palimpsest.common.user_error import UserError
+from palimpsest.common.versions import Version
+from palimpsest.plan.causes import Cause, Memory, Moment
+from palimpsest.plan.command import command
+from palimpsest.plan.engine_memory import EngineMemory
+from palimpsest.plan.gpus import Gpus, parse
+from palimpsest.plan.learner_memory import learner_memory, pass_shape
+from palimpsest.plan.live_bytes import LiveBytes
+from palimpsest.plan.rehearsal import rehearse
+from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.model.policy import checkpoint_activations, load_model
+from palimpsest.services.learner.model.trainable import TrainablePolicy
+from tests.learner_parts.models import CurrentModel, train
+from tests.records.builders import UNCORRECTED, a_learner, a_row
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "architectures": ["Qwen3ForCausalLM"],
+}
+PARAMETERS = 512 * 64 + 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 2 * 16 + 3 * 64 * 192 + 2 * 64) + 64
+"""Of SHAPE with tied embeddings: embedding; two layers (query, key and value, output, norms, MLP, norms); norm."""
+LENGTH, ROWS = 120, 4
+DENSE = Qwen3Config(**SHAPE, tie_word_embeddings=True)
+UNTIED = LlamaConfig(**{**SHAPE, "architectures": ["LlamaForCausalLM"]}, tie_word_embeddings=False)
+EXPERTS = Qwen3MoeConfig(
+    **{**SHAPE, "architectures": ["Qwen3MoeForCausalLM"]},
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=64,
+)
+
+
+@pytest.mark.parametrize("config", [DENSE, UNTIED, EXPERTS], ids=["tied", "untied", "experts"])
+@pytest.mark.parametrize("chunk", [64, 1024])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_plan_of_a_version_is_within_ten_percent_of_what_the_trainer_holds(
+    config: PretrainedConfig, chunk: int, checkpointing: bool, tmp_path: Path
+) -> None:
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), torch.device("cpu"), "sdpa", logprob_chunk_tokens=chunk)
+    if checkpointing:
+        checkpoint_activations(model)
+    policy, source = TrainablePolicy(model, OptimizerConfig(lr=1e-3)), CurrentModel(model)
+    learner = a_learner(
+        discrepancy=UNCORRECTED,
+        micro_batch_tokens=ROWS * LENGTH,
+        logprob_chunk_tokens=chunk,
+        activation_checkpointing=checkpointing,
+    )
+    rows = [
+        a_row(f"r{i}", [3 + (i + t) % 200 for t in range(LENGTH)], [0] * LENGTH, advantage=(-1.0) ** i)
+        for i in range(ROWS)
+    ]
+    train(policy, source, ProcessGroup(), [rows], Version(0), config=learner)  # makes the moments
+    moments = [each for state in policy.optimizer.state.values() for each in state.values()]
+    held = [*model.parameters(), *model.buffers(), *policy.masters, *policy.gradients(), *moments]
+    with LiveBytes(held) as live:
+        train(policy, source, ProcessGroup(), [rows], Version(1), config=learner)
+
+    shape = pass_shape(learner, LENGTH, "sdpa")
+    assert (shape.rows, shape.length) == (ROWS, LENGTH)
+    memory = learner_memory(learner, rehearse(str(tmp_path), shape), shape, ranks=1, gpu=False)
+    assert memory.largest.size == pytest.approx(live.peak, rel=0.1)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    without_the_old_version = memory.static - memory.held[-1].size
+    assert memory.held[-1].name == "weights of an old version"
+    assert without_the_old_version == pytest.approx(weights, rel=1e-3)  # AdamW's step counts are tensors too
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    """A run of DENSE; its folder has no weights."""
+    DENSE.save_pretrained(tmp_path / "model")
+    path = tmp_path / "run.toml"
+    path.write_text(
+        f'[model]\npath = "{tmp_path / "model"}"\n[tasks]\nenvironments = {{ add = 1.0 }}\n'
+        "[sampling]\nmax_trajectory_tokens = 64\nmax_turn_tokens = 16\n[learner]\nversions = 1\n"
+        "micro_batch_tokens = 128\n"
+    )
+    return path
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    """Exit code and output of `palimpsest plan`."""
+    code = command(words)
+    return code, capsys.readouterr().out
+
+
+def test_bytes_held_all_the_time_are_those_of_the_parameters(
+    run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text = printed(capsys, str(run_file), "--gpus=2x80", "--json")
+    plan = json.loads(text)
+    assert (code, plan["fits"], plan["misfits"]) == (0, True, [])
+    assert plan["model"]["parameters"] == PARAMETERS
+    held = plan["learner"]["held"]
+    assert held["masters, float32"] == held["gradients, float32"] == 4 * PARAMETERS
+    assert held["moments of AdamW, float32"] == 8 * PARAMETERS
+    assert held["weights"] == held["weights of an old version"] == plan["model"]["bytes"]
+    assert 2 * PARAMETERS <= held["weights"] < 2 * PARAMETERS + 1000  # and the frequencies of the positions
+    assert plan["learner"]["pass"] == {"rows": 2, "length": 64}
+    assert plan["engine"]["cache_tokens"] == (int(80 * 2**30 * 0.85) - plan["model"]["bytes"]) // (2 * 2 * 2 * 2 * 16)
+
+
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        (["--learner.proximal.kind=bypass"], set()),
+        (["--learner.proximal.kind=ewma_prox"], {"average of the weights, float32", "average in the model's type"}),
+        (
+            ["--learner.proximal.kind=bypass", "--learner.audit.fraction=1"],
+            {"weights of an old version, for the audit"},
+        ),
+        (["--learner.proximal.kind=interruption", "--learner.loss.kl.weight=0.1"], {"weights of version 0"}),
+        (["--learner.proximal.kind=bypass", "--learner.advantages.kind=gae"], {"critic with its optimizer"}),
+        (
+            [
+                "--learner.proximal.kind=bypass",
+                "--learner.vcpo.baseline=true",
+                "--learner.loss.objective=policy_gradient",
+            ],
+            {"gradients of the baseline, float32"},
+        ),
+    ],
+)
+def test_each_option_that_keeps_weights_is_a_cause(
+    keys: list[str], names: set[str], run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, text = printed(capsys, str(run_file), "--gpus", "4x80", "--json", *keys)
+    usual = {"weights", "masters, float32", "gradients, float32", "moments of AdamW, float32"}
+    assert set(json.loads(text)["learner"]["held"]) - usual == names
+
+
+def test_a_learner_that_does_not_fit_names_the_keys_and_what_they_bring(
+    run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text = printed(capsys, str(run_file), "--gpus=2x1.001", "--model.attention=eager")
+    assert code == 1
+    assert "Does not fit: a rank of the learner needs" in text
+    assert "learner.activation_checkpointing, learner.logprob_chunk_tokens, learner.micro_batch_tokens" in text
+    assert "With learner.activation_checkpointing = true: peak" in text
+    assert "With learner.activation_checkpointing = true and learner.micro_batch_tokens = 64: peak" in text
+    assert "The run fits." not in text
+
+
+def test_too_few_gpus_are_said(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = (
+        "--local.learner_ranks=4",
+        "--rollout.engine.kind=vllm",
+        "--rollout.engine.tensor_parallel=2",
+        "--local.rollout_workers=2",
+    )
+    code, text = printed(capsys, str(run_file), "--gpus=4x80", *keys)
+    assert code == 1
+    assert "the run needs 8 (4 for engines, 4 for the learner) GPUs, and there are 4" in text
+
+
+def test_the_largest_moment_sets_the_peak() -> None:
+    memory = Memory(
+        (Cause("weights", 10), Cause("masters", 20)),
+        (Moment("old log-probs", (Cause("a", 5),)), Moment("training pass", (Cause("b", 4), Cause("c", 3)))),
+    )
+    assert (memory.static, memory.largest.name, memory.peak) == (30, "training pass", 37)
+
+
+def test_a_cache_without_a_known_size_of_a_token_holds_no_number() -> None:
+    assert EngineMemory(weights=1, cache=100, token=0).tokens() == 0
+    assert EngineMemory(weights=1, cache=-100, token=10).tokens() == 0
+
+
+@pytest.mark.parametrize("text", ["8", "8x", "0x80", "8x-1", "80GBx8", ""])
+def test_gpus_of_another_form_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="is not NUMBERxGIB, for example --gpus=8x80"):
+        parse(text)
+
+
+def test_gpus_are_a_number_and_their_memory() -> None:
+    assert parse("8x79.5") == Gpus(8, 79.5)
+
+
+@pytest.mark.parametrize("words", [["run.toml"], ["--gpus=8x80"], []])
+def test_a_missing_argument_prints_the_usage(words: list[str]) -> None:
+    with pytest.raises(UserError, match=r"usage: palimpsest plan RUN\.toml --gpus NUMBERxGIB"):
+        command(words)
