@@ -168,6 +168,7 @@ class TokensWithGradient(NamedTuple):
     entropies: Tensor
 
     def part(self, rows: slice) -> "TokensWithGradient":
+        """Return some of the positions."""
         return TokensWithGradient(*(None if values is None else values[rows] for values in self))  # type: ignore[arg-type]
 
 
