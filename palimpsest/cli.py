@@ -109,9 +109,11 @@ def doctor(arguments: Sequence[str]) -> None:
 
 def plan(arguments: Sequence[str]) -> None:
     """Print the memory that a run needs on each GPU. Exits with 1 if it does not fit."""
-    from palimpsest.plan.command import command
+    from palimpsest.plan.command import run_command
 
-    sys.exit(command(arguments))
+    text, code = run_command(arguments)
+    print(text)
+    sys.exit(code)
 
 
 def env(arguments: Sequence[str]) -> None:

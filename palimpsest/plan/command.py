@@ -1,4 +1,4 @@
-"""`palimpsest plan`: prints the memory that a run needs on each GPU, and the keys that change it."""
+"""`palimpsest plan`: the memory that a run needs on each GPU, and the keys that change it."""
 
 import json
 import os
@@ -52,15 +52,14 @@ class Plan:
         return not text.misfits(self)
 
 
-def command(arguments: Sequence[str]) -> int:
-    """Print the plan. Returns the exit code. Raises UserError."""
+def run_command(arguments: Sequence[str]) -> tuple[str, int]:
+    """Return the text of the plan and the exit code. Raises UserError."""
     if {"--help", "-h"} & set(arguments):
-        print(USAGE)
-        return 0
+        return USAGE, 0
     given, rest = _options(arguments)
     plan = make_plan(load(rest, os.environ, program=PROGRAM).config, parse(given["gpus"]))
-    print(json.dumps(text.as_json(plan), indent=2) if "json" in given else text.render(plan))
-    return 0 if plan.fits else 1
+    rendered = json.dumps(text.as_json(plan), indent=2) if "json" in given else text.render(plan)
+    return rendered, 0 if plan.fits else 1
 
 
 def make_plan(config: RunConfig, gpus: Gpus) -> Plan:

@@ -12,7 +12,7 @@ from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
 from palimpsest.plan.causes import Cause, Memory, Moment
-from palimpsest.plan.command import command
+from palimpsest.plan.command import run_command
 from palimpsest.plan.engine_memory import EngineMemory
 from palimpsest.plan.gpus import Gpus, parse
 from palimpsest.plan.learner_memory import learner_memory, pass_shape
@@ -97,16 +97,8 @@ def run_file(tmp_path: Path) -> Path:
     return path
 
 
-def printed(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
-    """Exit code and output of `palimpsest plan`."""
-    code = command(words)
-    return code, capsys.readouterr().out
-
-
-def test_bytes_held_all_the_time_are_those_of_the_parameters(
-    run_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, text = printed(capsys, str(run_file), "--gpus=2x80", "--json")
+def test_bytes_held_all_the_time_are_those_of_the_parameters(run_file: Path) -> None:
+    text, code = run_command([str(run_file), "--gpus=2x80", "--json"])
     plan = json.loads(text)
     assert (code, plan["fits"], plan["misfits"]) == (0, True, [])
     assert plan["model"]["parameters"] == PARAMETERS
@@ -140,18 +132,14 @@ def test_bytes_held_all_the_time_are_those_of_the_parameters(
         ),
     ],
 )
-def test_each_option_that_keeps_weights_is_a_cause(
-    keys: list[str], names: set[str], run_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _, text = printed(capsys, str(run_file), "--gpus", "4x80", "--json", *keys)
+def test_each_option_that_keeps_weights_is_a_cause(keys: list[str], names: set[str], run_file: Path) -> None:
+    text, _ = run_command([str(run_file), "--gpus", "4x80", "--json", *keys])
     usual = {"weights", "masters, float32", "gradients, float32", "moments of AdamW, float32"}
     assert set(json.loads(text)["learner"]["held"]) - usual == names
 
 
-def test_a_learner_that_does_not_fit_names_the_keys_and_what_they_bring(
-    run_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code, text = printed(capsys, str(run_file), "--gpus=2x1.001", "--model.attention=eager")
+def test_a_learner_that_does_not_fit_names_the_keys_and_what_they_bring(run_file: Path) -> None:
+    text, code = run_command([str(run_file), "--gpus=2x1.001", "--model.attention=eager"])
     assert code == 1
     assert "Does not fit: a rank of the learner needs" in text
     assert "learner.activation_checkpointing, learner.logprob_chunk_tokens, learner.micro_batch_tokens" in text
@@ -160,14 +148,14 @@ def test_a_learner_that_does_not_fit_names_the_keys_and_what_they_bring(
     assert "The run fits." not in text
 
 
-def test_too_few_gpus_are_said(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_few_gpus_are_said(run_file: Path) -> None:
     keys = (
         "--local.learner_ranks=4",
         "--rollout.engine.kind=vllm",
         "--rollout.engine.tensor_parallel=2",
         "--local.rollout_workers=2",
     )
-    code, text = printed(capsys, str(run_file), "--gpus=4x80", *keys)
+    text, code = run_command([str(run_file), "--gpus=4x80", *keys])
     assert code == 1
     assert "the run needs 8 (4 for engines, 4 for the learner) GPUs, and there are 4" in text
 
@@ -198,4 +186,4 @@ def test_gpus_are_a_number_and_their_memory() -> None:
 @pytest.mark.parametrize("words", [["run.toml"], ["--gpus=8x80"], []])
 def test_a_missing_argument_prints_the_usage(words: list[str]) -> None:
     with pytest.raises(UserError, match=r"usage: palimpsest plan RUN\.toml --gpus NUMBERxGIB"):
-        command(words)
+        run_command(words)
