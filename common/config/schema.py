@@ -14,6 +14,7 @@ from palimpsest.common.config.bus import BusConfig
 from palimpsest.common.config.env_gateway import SESSION_LEASE_S, EnvGatewayConfig
 from palimpsest.common.config.evaluation import EvaluationConfig
 from palimpsest.common.config.learner import LearnerConfig
+from palimpsest.common.config.local import LocalConfig
 from palimpsest.common.config.section import FilePath, Positive, PositiveFloat, Section, Service, Share
 from palimpsest.common.config.tracking import TrackingConfig
 
@@ -220,20 +221,6 @@ class ReplicaConfig(Service):
     """Maximum number of tokens in one forward pass, padding included."""
     threads: Positive = 1
     """CPU threads of the forward pass."""
-
-
-class LocalConfig(Section):
-    """Processes of a run on one machine (`palimpsest run`)."""
-
-    rollout_workers: Positive = 1
-    """Rollout worker processes."""
-    learner_ranks: Positive = 1
-    """Learner processes. torchrun launches them if there are several."""
-    replicas: Annotated[int, Field(ge=0)] = 0
-    """Replica processes, if learner.proximal.kind is "replica". At least one is started then."""
-    restarts: Annotated[int, Field(ge=0)] = 5
-    """Maximum number of consecutive restarts of a process that crashes before it has done any work. The run ends after
-    them, and also when the same crash occurs three times in a row."""
 
 
 class LogsConfig(Section):

@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from palimpsest.common import run_folder
@@ -10,6 +10,7 @@ from palimpsest.common.config.proximal import PROXIMAL_KINDS
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.secret_variables import SECRETS_OF
 from palimpsest.common.sessions.placed import needs_gateway
+from palimpsest.services.local.placement import Placement
 from palimpsest.services.local.processes import Child, python
 
 LEARNER = "learner"
@@ -40,6 +41,7 @@ class Commands:
     """The run's configuration file, which every service reads."""
     flags: list[str]
     """Additional flags of every service."""
+    gpus: Placement = field(default_factory=Placement)
 
     def servers(self) -> list[Child]:
         """Return the processes of the store and, if the run needs one, of the gateway."""
@@ -90,5 +92,8 @@ class Commands:
         home = self.config.run.home
         run_folder.refusal_file(home, name).unlink(missing_ok=True)
         command = python("-m", *program, str(self.source), *self.flags, *own)
+        environment = self.gpus.variables(name)
         secrets = SECRETS_OF[program[-1].removeprefix("palimpsest.services.")]
-        return Child(name, command, run_folder.log_file(home, name), scratch=scratch, secrets=secrets)
+        return Child(
+            name, command, run_folder.log_file(home, name), environment=environment, scratch=scratch, secrets=secrets
+        )

@@ -18,9 +18,11 @@ from palimpsest.services.live.poller import RunObservation, ServiceObservation
 from palimpsest.services.local import exit_reasons
 from palimpsest.services.local.commands import LEARNER, Commands, free_port
 from palimpsest.services.local.exit_reasons import Crash, last_error
+from palimpsest.services.local.placement import place
 from palimpsest.services.local.process_start import ProcessStart
 from palimpsest.services.local.processes import HOPELESS, Child
 from palimpsest.services.local.restart_policy import Death, append_death, is_crash_loop, restart_delay_s
+from palimpsest.services.local.visible_gpus import visible_gpus
 
 LOOK_S = 0.5
 DRAIN_S = 25.0
@@ -51,7 +53,7 @@ class Supervisor:
     ) -> None:
         self._config, self._clock = config, clock
         self.home = config.run.home
-        commands = Commands(config, source, flags)
+        commands = Commands(config, source, flags, place(config, visible_gpus()))
         workers, replicas = commands.workers(), commands.replicas()
         self.servers, self.learner = commands.servers(), commands.learner()
         self.workers = [child for child, _ in workers.values()]

@@ -1,0 +1,134 @@
+"""Which GPUs each process of a run on one machine uses. Pure.
+
+Each process sees only its own GPUs (CUDA_VISIBLE_DEVICES), so that two processes meet on a GPU only if the run says so
+or the machine has a single one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from palimpsest.common.config.proximal import PROXIMAL_KINDS
+from palimpsest.common.config.schema import RunConfig, VllmEngineConfig
+from palimpsest.common.user_error import UserError
+from palimpsest.services.local.visible_gpus import VARIABLE
+
+LEARNER = "learner"
+ENGINES_ALONE, ENGINES_BESIDE = 0.9, 0.5
+"""Maximum share of a GPU for the engines on it: several engines alone, and engines beside a learner or a replica."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Process name -> its GPUs, as CUDA_VISIBLE_DEVICES lists them. A process without an entry sees all GPUs."""
+
+    gpus: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def variables(self, name: str) -> dict[str, str]:
+        """Return the environment variables of a process."""
+        return {VARIABLE: ",".join(self.gpus[name])} if name in self.gpus else {}
+
+
+def place(config: RunConfig, visible: Sequence[str]) -> Placement:
+    """Assign the visible GPUs. Without any, no process gets an entry. Raises UserError if the run does not fit them."""
+    wanted, given = _wanted(config), config.local.gpus.model_dump()
+    if not visible:
+        if keys := [f"local.gpus.{kind}" for kind, numbers in given.items() if numbers is not None]:
+            raise UserError(f"{', '.join(keys)}: no GPU is visible here (nvidia-smi, {VARIABLE}); remove the key")
+        return Placement()
+    numbers = _given(wanted, given, visible) if any(each is not None for each in given.values()) else None
+    if numbers is None:
+        numbers = _default(wanted, len(visible))
+    _refuse_full(config, numbers)
+    return Placement(
+        {
+            name: tuple(visible[number] for number in own)
+            for kind, processes in wanted.items()
+            for name, own in zip(processes, _shares(numbers[kind], list(processes.values())), strict=True)
+        }
+    )
+
+
+def _wanted(config: RunConfig) -> dict[str, dict[str, int]]:
+    """Kind -> process -> number of GPUs. A scripted engine needs none."""
+    engine, local = config.rollout.engine, config.local
+    width = engine.tensor_parallel if isinstance(engine, VllmEngineConfig) else 0
+    replicas = max(1, local.replicas) if PROXIMAL_KINDS[config.learner.proximal.kind].runs_replicas else 0
+    return {
+        "engines": {f"worker-{i}": width for i in range(local.rollout_workers)},
+        LEARNER: {LEARNER: local.learner_ranks},
+        "replicas": {f"replica-{i}": 1 for i in range(replicas)},
+    }
+
+
+def _default(wanted: Mapping[str, Mapping[str, int]], visible: int) -> dict[str, list[int]]:
+    """GPUs in the order engines, learner, replicas; a single GPU is shared. Raises UserError."""
+    numbers = {kind: sum(processes.values()) for kind, processes in wanted.items()}
+    needed = sum(numbers.values())
+    if visible == 1 and all(number <= 1 for processes in wanted.values() for number in processes.values()):
+        return {kind: [0] * number for kind, number in numbers.items()}
+    if needed > visible:
+        parts = ", ".join(f"{number} for {_text(kind)}" for kind, number in numbers.items() if number)
+        raise UserError(
+            f"the run needs {needed} GPUs ({parts}), and {visible} {'is' if visible == 1 else 'are'} visible: lower "
+            f"local.rollout_workers, local.learner_ranks, local.replicas or rollout.engine.tensor_parallel, or let "
+            f"processes share GPUs with local.gpus"
+        )
+    result, first = {}, 0
+    for kind, number in numbers.items():
+        result[kind] = list(range(first, first + number))
+        first += number
+    return result
+
+
+def _given(
+    wanted: Mapping[str, Mapping[str, int]], given: Mapping[str, Sequence[int] | None], visible: Sequence[str]
+) -> dict[str, list[int]]:
+    """The GPUs of local.gpus. Every kind of process that needs one must have its key. Raises UserError."""
+    result = {}
+    for kind, processes in wanted.items():
+        needed, numbers, key = sum(processes.values()), given[kind], f"local.gpus.{kind}"
+        if numbers is None and needed:
+            raise UserError(f"{key} is missing: {_text(kind)} need {needed}, and the run sets other keys of local.gpus")
+        numbers = numbers or ()
+        if len(numbers) != needed:
+            raise UserError(f"{key} has {len(numbers)} GPUs, but {_text(kind)} need {needed} on this machine")
+        if absent := [number for number in numbers if number >= len(visible)]:
+            raise UserError(
+                f"{key} has GPU {absent[0]}, but {len(visible)} are visible: their numbers are 0 to {len(visible) - 1}"
+            )
+        for own in _shares(list(numbers), list(processes.values())):
+            if len(set(own)) < len(own):
+                raise UserError(f"{key} gives one process GPU {own[0]} more than once: {list(numbers)}")
+        result[kind] = list(numbers)
+    return result
+
+
+def _refuse_full(config: RunConfig, numbers: Mapping[str, Sequence[int]]) -> None:
+    """Raise UserError if the engines leave no room on a GPU that they share."""
+    engine = config.rollout.engine
+    if not isinstance(engine, VllmEngineConfig):
+        return
+    for gpu in sorted(set(numbers["engines"])):
+        engines = list(numbers["engines"]).count(gpu)
+        others = [_text(kind) for kind in (LEARNER, "replicas") if gpu in numbers[kind]]
+        most = (ENGINES_BESIDE if others else ENGINES_ALONE) / engines
+        if (engines > 1 or others) and engine.gpu_memory_utilization > most:
+            sharing = " and ".join([f"{engines} engine{'s' if engines > 1 else ''}", *others])
+            raise UserError(
+                f"GPU {gpu} is shared by {sharing}, but rollout.engine.gpu_memory_utilization is "
+                f"{engine.gpu_memory_utilization}: set it to {most:.2g} or less (`palimpsest plan` prints what the "
+                f"learner needs), or give the processes other GPUs with local.gpus"
+            )
+
+
+def _shares(numbers: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    """Split numbers into parts of these sizes."""
+    parts, first = [], 0
+    for size in sizes:
+        parts.append(list(numbers[first : first + size]))
+        first += size
+    return parts
+
+
+def _text(kind: str) -> str:
+    return {"engines": "the engines", LEARNER: "the ranks of the learner", "replicas": "the replicas"}[kind]
