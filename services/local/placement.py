@@ -1,7 +1,7 @@
 """Which GPUs each process of a run on one machine uses. Pure.
 
-Each process sees only its own GPUs (CUDA_VISIBLE_DEVICES), so that two processes meet on a GPU only if the run says so
-or the machine has a single one.
+Each process sees only its own GPUs (CUDA_VISIBLE_DEVICES), so that two processes meet on a GPU only if the run lists it
+for both or the machine has a single one.
 """
 
 from collections.abc import Mapping, Sequence
