@@ -33,7 +33,9 @@ from tests.simulation.simulated_time import SimulatedLoop, run
 
 pytestmark = pytest.mark.thorough
 
-LEARNERS = [place for place in places() if place.startswith("learner.")]
+SHARDS = ("learner.before_shards", "learner.after_shards")
+"""Of a policy that is split over ranks; a simulated learner has one rank."""
+LEARNERS = [place for place in places() if place.startswith("learner.") and place not in SHARDS]
 WORKERS = [place for place in places() if place.startswith("rollout.")]
 VISITS = 3
 """A fault occurs at one of the first three visits of its place."""
@@ -57,9 +59,10 @@ def quiet(monkeypatch: Patch) -> Iterator[None]:
 
 def test_every_failpoint_is_tested() -> None:
     replicas = [place for place in places() if place.startswith("replica.")]
-    assert {*LEARNERS, *WORKERS, *replicas} == set(places())
-    text = (ROOT / "tests" / "integration" / "test_replica.py").read_text()
-    assert all(f'"{place}"' in text for place in replicas)
+    assert {*LEARNERS, *SHARDS, *WORKERS, *replicas} == set(places())
+    for elsewhere, name in ((replicas, "test_replica.py"), (SHARDS, "test_sharded_run.py")):
+        text = (ROOT / "tests" / "integration" / name).read_text()
+        assert all(f'"{place}"' in text for place in elsewhere)
 
 
 @pytest.mark.parametrize(("place", "kind"), list(zip(LEARNERS, itertools.cycle(FaultKind), strict=False)))

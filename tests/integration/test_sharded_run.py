@@ -65,3 +65,17 @@ def test_a_run_with_shards_is_not_continued_without_them(tmp_path: Path, startin
     code, output = RunProcess(toml, "--resume", home, "--learner.versions=2", "--learner.sharding=none").finish()
     assert code != 0
     assert 'was written with sharding: continue the run with learner.sharding = "full"' in output
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("place", ["learner.before_shards", "learner.after_shards"])
+def test_a_sharded_run_survives_a_rank_that_dies_at(place: str, tmp_path: Path, starting_model: Path) -> None:
+    toml, home = scripted(tmp_path, starting_model, versions=4), tmp_path / "scripted"
+    marker = tmp_path / "it happened"
+    fault = {"PALIMPSEST_FAULT": f"{place}:2", "PALIMPSEST_FAULT_ONCE": str(marker)}
+    code, output = RunProcess(toml, "--local.learner_ranks=2", "--learner.sharding=full", environment=fault).finish()
+    assert code == 0, output[-3000:]
+    assert marker.exists()
+    check_whole_groups(check_ledger(home), groups=4 * 4, samples=4)
+    assert len(history(home)) == 4
+    assert newest_manifest(home)["shards"]
