@@ -94,7 +94,8 @@ def _learner(config: RunConfig, shape: PassShape) -> tuple[Memory, ModelSize]:
 def _remedies(config: RunConfig, longest: int) -> list[tuple[tuple[str, ...], int]]:
     """Try the keys that cost least, one after the other, and return each combination with its peak."""
     changes: list[tuple[str, dict[str, Any]]] = []
-    if not config.learner.activation_checkpointing:
+    sharded = config.learner.sharding != "none"
+    if not sharded and not config.learner.activation_checkpointing:
         changes.append(("learner.activation_checkpointing = true", {"activation_checkpointing": True}))
     if longest < config.learner.micro_batch_tokens:
         changes.append((f"learner.micro_batch_tokens = {longest}", {"micro_batch_tokens": longest}))

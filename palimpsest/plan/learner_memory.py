@@ -1,6 +1,8 @@
 """Memory of a rank of the learner, from the run's configuration and the rehearsed passes. Pure.
 
-Every rank holds the whole model and its optimizer (services/learner/model/trainable.py).
+Without sharding, every rank holds the whole model and its optimizer (services/learner/model/trainable.py). With it,
+each rank holds a share of the float32 masters, which are cast while a block is gathered, and of all that has their
+shape (docs/sharding.md).
 """
 
 from palimpsest.common.config.learner import LearnerConfig
@@ -9,7 +11,9 @@ from palimpsest.plan.causes import Cause, Memory, Moment
 from palimpsest.plan.rehearsal import PassShape, Rehearsed
 from palimpsest.services.learner.model.logprobs import BLOCK_ENTRIES, BLOCK_ENTRIES_ELSEWHERE
 
-FLOAT32 = 4
+FLOAT32, BFLOAT16 = 4, 2
+BLOCKS_GATHERED = 2
+"""Blocks whose weights are gathered at one time: the one that computes, and the next one."""
 AVERAGED = ("ewma_prox", "ppo_ewma_async")
 FLOAT32_BLOCKS = 3
 """Blocks of float32 logits that are live at one time in services/learner/model/logprobs.py."""
@@ -17,8 +21,9 @@ FLOAT32_BLOCKS = 3
 
 def learner_memory(config: LearnerConfig, rehearsed: Rehearsed, shape: PassShape, *, ranks: int, gpu: bool) -> Memory:
     """Return the memory of a rank. gpu: whether the rank runs on a GPU, where more logits are float32 at a time."""
-    held = tuple(_held(config, rehearsed))
-    return Memory(held, tuple(_moments(config, rehearsed, shape, ranks=ranks, gpu=gpu)))
+    shares = ranks if config.sharding != "none" else 1
+    held = tuple(_held(config, rehearsed, shares))
+    return Memory(held, tuple(_moments(config, rehearsed, shape, ranks=ranks, shares=shares, gpu=gpu)))
 
 
 def pass_shape(config: LearnerConfig, longest: int, attention: str) -> PassShape:
@@ -31,24 +36,27 @@ def pass_shape(config: LearnerConfig, longest: int, attention: str) -> PassShape
     return PassShape(rows, length, config.logprob_chunk_tokens, config.activation_checkpointing, attention)
 
 
-def _held(config: LearnerConfig, rehearsed: Rehearsed) -> list[Cause]:
+def _held(config: LearnerConfig, rehearsed: Rehearsed, shares: int) -> list[Cause]:
     model, kind = rehearsed.model, config.proximal.kind
-    each = FLOAT32 * model.parameters
+    each, split = -(-FLOAT32 * model.parameters // shares), ("local.learner_ranks",) if shares > 1 else ()
     causes = [
-        Cause("weights", model.weights),
-        Cause("masters, float32", each),
-        Cause("gradients, float32", each),
-        Cause("moments of AdamW, float32", 2 * each),
+        Cause("masters, float32", each, split),
+        Cause("gradients, float32", each, split),
+        Cause("moments of AdamW, float32", 2 * each, split),
     ]
+    if config.sharding == "none":
+        causes.insert(0, Cause("weights", model.weights))
     if kind == "snapshot":
-        causes.append(Cause("weights of an old version", model.weights, ("learner.proximal.kind",)))
+        old = -(-model.weights // shares)
+        causes.append(Cause("weights of an old version", old, ("learner.proximal.kind", *split)))
     if kind in AVERAGED:
         causes.append(Cause("average of the weights, float32", each, ("learner.proximal.kind",)))
         causes.append(Cause("average in the model's type", model.weights, ("learner.proximal.kind",)))
     if config.audit.fraction and not PROXIMAL_KINDS[kind].exact:
-        causes.append(Cause("weights of an old version, for the audit", model.weights, ("learner.audit.fraction",)))
+        old = -(-model.weights // shares)
+        causes.append(Cause("weights of an old version, for the audit", old, ("learner.audit.fraction",)))
     if config.loss.kl.weight:
-        causes.append(Cause("weights of version 0", model.weights, ("learner.loss.kl.weight",)))
+        causes.append(Cause("weights of version 0", -(-model.weights // shares), ("learner.loss.kl.weight",)))
     if config.advantages.kind == "gae":
         size = model.decoder_weights + 4 * FLOAT32 * model.decoder_parameters
         causes.append(Cause("critic with its optimizer", size, ("learner.advantages.kind",)))
@@ -57,27 +65,43 @@ def _held(config: LearnerConfig, rehearsed: Rehearsed) -> list[Cause]:
     return causes
 
 
-def _moments(config: LearnerConfig, rehearsed: Rehearsed, shape: PassShape, *, ranks: int, gpu: bool) -> list[Moment]:
+def _moments(
+    config: LearnerConfig, rehearsed: Rehearsed, shape: PassShape, *, ranks: int, shares: int, gpu: bool
+) -> list[Moment]:
     row, tokens = "sampling.max_trajectory_tokens", "learner.micro_batch_tokens"
     pass_keys = (tokens,) if shape.length < config.micro_batch_tokens else (row, tokens)
     kept_keys = pass_keys if shape.activation_checkpointing else ("learner.activation_checkpointing", *pass_keys)
     chunk = ("learner.logprob_chunk_tokens",)
     logits = Cause("float32 logits of a GPU's larger blocks", _larger_blocks(rehearsed, shape) if gpu else 0, chunk)
     more = (logits,) if logits.size else ()
+    gathered = _gathered(rehearsed) if config.sharding != "none" else ()
     training = (
         Cause("activations kept for the backward pass", rehearsed.kept, kept_keys),
         Cause("other tensors of the passes", rehearsed.training - rehearsed.kept, (*chunk, *pass_keys)),
         *more,
+        *gathered,
     )
-    step = [Cause("denominators of AdamW, float32", rehearsed.step)]
-    if ranks > 1:
+    step = [Cause("denominators of AdamW, float32", -(-rehearsed.step // shares))]
+    if ranks > 1 and shares == 1:
         step = [max(step[0], Cause("sum of the gradients over the ranks", FLOAT32 * rehearsed.model.parameters),
                     key=lambda cause: cause.size)]  # fmt: skip
     return [
-        Moment("old log-probs", (Cause("tensors of a scoring pass", rehearsed.scoring, pass_keys), *more)),
+        Moment(
+            "old log-probs", (Cause("tensors of a scoring pass", rehearsed.scoring, pass_keys), *more, *gathered[:1])
+        ),
         Moment("training pass", training),
         Moment("optimizer step", tuple(step)),
     ]
+
+
+def _gathered(rehearsed: Rehearsed) -> tuple[Cause, Cause]:
+    """What a rank gathers for its passes, and the float32 gradients that it sends to the other ranks."""
+    model = rehearsed.model
+    weights = BFLOAT16 * (model.outside + BLOCKS_GATHERED * model.largest_block)
+    return (
+        Cause("weights gathered from the ranks, bf16", weights),
+        Cause("gradients sent to the ranks, float32", FLOAT32 * max(model.outside, model.largest_block)),
+    )
 
 
 def _larger_blocks(rehearsed: Rehearsed, shape: PassShape) -> int:

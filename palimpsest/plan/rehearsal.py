@@ -24,6 +24,7 @@ from palimpsest.services.learner.model.logprobs import TokensWithGradient, float
 from palimpsest.services.learner.model.output_head import LinearHead, Transform, decoder_of
 from palimpsest.services.learner.model.policy import keep_layer_inputs
 from palimpsest.services.learner.model.trainable import TrainablePolicy
+from palimpsest.services.learner.sharding.sharded_model import blocks_of
 
 FUSED = "palimpsest_fused"
 """Name under which transformers knows the fused attention without a mask."""
@@ -64,6 +65,10 @@ class ModelSize:
     """Parameters of the decoder, without the head."""
     decoder_parameters: int
     """Number of parameters of the decoder."""
+    largest_block: int
+    """Number of parameters of the largest block; 0 if transformers names no blocks."""
+    outside: int
+    """Number of parameters outside the blocks: embedding, last norm, head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +170,7 @@ def _rehearse(model: torch.nn.Module, shape: PassShape) -> Rehearsed:
 def _size(model: torch.nn.Module) -> ModelSize:
     causal: Any = model
     own, decoder = list(model.parameters()), list(decoder_of(model).parameters())
+    blocks = [sum(p.numel() for p in block.parameters()) for block in _blocks(model)]
     return ModelSize(
         kind=type(model).__name__,
         parameters=sum(p.numel() for p in own),
@@ -172,7 +178,16 @@ def _size(model: torch.nn.Module) -> ModelSize:
         weights=_bytes(own) + _bytes(list(model.buffers())),
         decoder_weights=_bytes(decoder),
         decoder_parameters=sum(p.numel() for p in decoder),
+        largest_block=max(blocks, default=0),
+        outside=sum(p.numel() for p in own) - sum(blocks),
     )
+
+
+def _blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    try:
+        return blocks_of(model)
+    except UserError:
+        return []
 
 
 def _bytes(tensors: list[Any]) -> int:

@@ -138,6 +138,26 @@ def test_each_option_that_keeps_weights_is_a_cause(keys: list[str], names: set[s
     assert set(json.loads(text)["learner"]["held"]) - usual == names
 
 
+def test_a_sharded_rank_holds_its_share_and_gathers_blocks(run_file: Path) -> None:
+    text, _ = run_command(
+        [str(run_file), "--gpus=8x80", "--json", "--learner.sharding=full", "--local.learner_ranks=4"]
+    )
+    learner = json.loads(text)["learner"]
+    quarter = PARAMETERS  # 4 bytes of a fourth of the parameters
+    assert learner["held"] == {
+        "masters, float32": quarter,
+        "gradients, float32": quarter,
+        "moments of AdamW, float32": 2 * quarter,
+        "weights of an old version": -(-json.loads(text)["model"]["bytes"] // 4),
+    }
+    outside = 512 * 64 + 64
+    block = (PARAMETERS - outside) // 2
+    training = learner["moments"]["training pass"]
+    assert training["weights gathered from the ranks, bf16"] == 2 * (outside + 2 * block)
+    assert training["gradients sent to the ranks, float32"] == 4 * max(outside, block)
+    assert set(learner["moments"]["optimizer step"]) == {"denominators of AdamW, float32"}
+
+
 def test_a_learner_that_does_not_fit_names_the_keys_and_what_they_bring(run_file: Path) -> None:
     text, code = run_command([str(run_file), "--gpus=2x1.001", "--model.attention=eager"])
     assert code == 1
