@@ -1,7 +1,7 @@
 """examples/cluster.toml, shortened: a training run on the real engine over a real Kafka and a real MinIO.
 
-Batches are small and the tool is slow, so that on every machine trajectories are in flight while versions change. The
-test kills one of the two workers, and later the engine of the other.
+Batches are small and the tool waits for versions, so that on every machine trajectories span several of them. The test
+kills one of the two workers, and later the engine of the other.
 """
 
 import json
@@ -16,6 +16,7 @@ import pytest
 
 from palimpsest.common.config import load
 from tests.processes.waiting import LIMIT_S
+from tests.runs import held_lookup
 from tests.runs.run_process import ROOT, RunProcess, check_whole_groups, history, wait_for
 from tests.servers.cluster import Cluster
 from tools.backends.kafka import Kafka
@@ -57,9 +58,8 @@ def finished(servers: Cluster, tmp_path_factory: pytest.TempPathFactory, startin
         "--learner.record=true",
         "--learner.checkpoint.keep=1000",
         f"--learner.groups_per_batch={GROUPS}",
-        '--env_gateway.plugins={slow_lookup = "tests.runs.slow_lookup:SlowLookup"}',
-        "--tasks.environments={slow_lookup = 1.0}",
-        environment=servers.environment,
+        *held_lookup.FLAGS,
+        environment={**servers.environment, held_lookup.VARIABLE: str(home)},
     )
     try:
         wait_for(lambda: len(history(home)) >= KILLED_AT, run, name=f"version {KILLED_AT}")

@@ -1,7 +1,8 @@
 """Replicas and interruption over a real Kafka: old log-probs on the log equal those of plain transformers.
 
-The engine is scripted and slow, so trajectories are in progress while versions change. While the run with replicas
-trains, Schemathesis sends requests to all its services.
+The engine is scripted and slow, and a tool waits for versions, so trajectories span several versions. Each run ends
+after it has trained on such a trajectory. While the run with replicas trains, Schemathesis sends requests to all its
+services.
 """
 
 from collections import defaultdict
@@ -15,10 +16,9 @@ from palimpsest.common.bus.kafka import Connection, KafkaBus
 from palimpsest.common.bus.offline import read_existing
 from palimpsest.common.control.access import OPERATOR_TOKEN, Role
 from palimpsest.common.messages import OLD_LOGPROBS, TRAJECTORIES, OldLogprobsComputed, SegmentFlushed, decode
-from palimpsest.control_client import ControlClient, url_in, wait_for as wait_for_change
 from palimpsest.rescore import Models, rescore
-from tests.processes.waiting import LIMIT_S
-from tests.runs import fuzzed_requests
+from tests.runs import fuzzed_requests, held_lookup
+from tests.runs.endless import ENDLESS, end_after_two_versions, several_versions
 from tests.runs.run_process import (
     RunProcess,
     check_ledger,
@@ -31,7 +31,6 @@ from tests.runs.run_process import (
 from tools.backends.kafka import Kafka
 
 pytestmark = pytest.mark.servers
-VERSIONS = 8
 LAYOUTS = 5e-3
 """Nats. Largest effect of padding on a log-prob of the small bf16 model."""
 
@@ -47,7 +46,8 @@ def started(
 ) -> tuple[RunProcess, Path]:
     """A run with two rollout workers, every version kept and every batch recorded, and its folder."""
     run = RunProcess(
-        scripted(folder, model, versions=VERSIONS, tokens_per_s=tokens_per_s),
+        scripted(folder, model, versions=1, tokens_per_s=tokens_per_s),
+        ENDLESS,
         "--bus.kind=kafka",
         f"--bus.servers={kafka.servers}",
         f"--run.id={kind}",
@@ -55,8 +55,9 @@ def started(
         "--local.rollout_workers=2",
         "--learner.record=true",
         "--learner.checkpoint.keep=1000",
+        *held_lookup.FLAGS,
         *flags,
-        environment=environment,
+        environment={**(environment or {}), held_lookup.VARIABLE: str(folder / kind)},
     )
     return run, folder / kind
 
@@ -67,28 +68,12 @@ def finish(run: RunProcess, home: Path) -> None:
     assert not (home / "bus.sqlite").exists()
 
 
-def end_after_two_versions(run: RunProcess, home: Path, learner: ControlClient) -> int:
-    """Let an endless run train two more versions. Returns their number in all."""
-
-    def send(method: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        change = wait_for_change(learner, learner.send(method, path, json=body), LIMIT_S)
-        assert change["state"] == "applied", change
-        return change
-
-    before = len(history(home))
-    wait_for(lambda: len(history(home)) > before, run, name="a version after the requests")
-    last = int(send("POST", "/v1/actions/pause", {})["version"]) + 2
-    send("PATCH", "/v1/settings", {"learner.versions": last})
-    send("POST", "/v1/actions/resume", {})
-    return last
-
-
 def records(kind: str, kafka: Kafka, topic: str) -> list[Any]:
     with closing(KafkaBus(Connection(kafka.servers, {}), prefix=f"palimpsest.{kind}.")) as bus:
         return [decode(topic, record.body) for record in read_existing(bus, topic)]
 
 
-def check(home: Path, model: Path, scores: list[Any], *, versions: int = VERSIONS) -> None:
+def check(home: Path, model: Path, scores: list[Any], *, versions: int) -> None:
     """Every trajectory is accounted for, and every trained token has one old log-prob, from its own weights."""
     check_whole_groups(check_ledger(home), groups=versions * 4, samples=4)
     lines = history(home)
@@ -96,7 +81,7 @@ def check(home: Path, model: Path, scores: list[Any], *, versions: int = VERSION
     assert any(newest_manifest(home)["score_offsets"].values()), "without offsets a restart would read all scores again"
     for line in lines:
         assert (line["exact"], line["all"]["missing"]) == (True, 0)
-    assert sum(line["multi_version"] for line in lines) > 0
+    assert several_versions(home)
     seen = rescore(home / "records", Models(home / "snapshots", str(model), "eager"))
     assert seen["tokens"] == sum(line["tokens"] for line in lines)
     assert seen["alone_max_abs"] <= LAYOUTS
@@ -113,7 +98,7 @@ def test_replicas_score_every_trained_token(
     tmp_path: Path, kafka_server: Kafka, starting_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Schemathesis sends requests to all services while the run trains. The run has no end until they are sent."""
-    flags = ("--local.replicas=2", "--rollout.environments=gateway", "--learner.versions=100000")
+    flags = ("--local.replicas=2", "--rollout.environments=gateway")
     environment = fuzzed_requests.tokens(tmp_path)
     monkeypatch.setenv(OPERATOR_TOKEN, Role.TUNE)
     run, home = started(
@@ -122,8 +107,8 @@ def test_replicas_score_every_trained_token(
     try:
         wait_for(lambda: len(history(home)) >= 1, run, name="the first version")
         fuzzed_requests.fuzz(run, home, tmp_path)
-        with closing(ControlClient(url_in(home, "learner"))) as learner:
-            versions = end_after_two_versions(run, home, learner)
+        wait_for(lambda: several_versions(home), run, name="a trajectory of several versions")
+        versions = end_after_two_versions(run, home)
         finish(run, home)
     finally:
         run.kill_everything()
@@ -140,10 +125,20 @@ def test_scores_survive_a_learner_that_dies_after_a_cut(
     environment = {"PALIMPSEST_FAULT": "learner.after_cut:3", "PALIMPSEST_FAULT_ONCE": str(marker)}
     patient = "--learner.proximal.deadline_s=600"
     run, home = started("interruption", kafka_server, tmp_path, starting_model, patient, environment=environment)
-    finish(run, home)
-    assert marker.exists()
+
+    def cuts() -> set[int]:
+        """The cuts that flushed a trajectory."""
+        trajectories = records("interruption", kafka_server, TRAJECTORIES)
+        return {record.cut for record in trajectories if isinstance(record, SegmentFlushed)}
+
+    try:
+        wait_for(marker.exists, run, name="the death of the learner")
+        wait_for(lambda: several_versions(home), run, name="a trajectory of several versions")
+        wait_for(lambda: len(cuts()) > 1, run, name="a second cut that flushes")
+        versions = end_after_two_versions(run, home)
+        finish(run, home)
+    finally:
+        run.kill_everything()
     scores = records("interruption", kafka_server, OLD_LOGPROBS)
-    check(home, starting_model, scores)
+    check(home, starting_model, scores, versions=versions)
     assert {score.by for score in scores} == {"learner"}
-    cuts = {m.cut for m in records("interruption", kafka_server, TRAJECTORIES) if isinstance(m, SegmentFlushed)}
-    assert len(cuts) > 1, "cuts must flush trajectories more than once"

@@ -1,7 +1,8 @@
 """Runs with the interruption route and real processes, one of which dies in the middle of a cut.
 
-The engine is scripted and slow, so trajectories are in progress at every cut. The tests compare the learner's score of
-every token with plain transformers under the stored weights of the version that sampled it.
+The engine is scripted and slow, and in the first run a tool waits for versions, so trajectories are in progress at the
+cuts. The tests compare the learner's score of every token with plain transformers under the stored weights of the
+version that sampled it.
 """
 
 import json
@@ -24,10 +25,12 @@ from palimpsest.common.messages import (
     decode,
 )
 from palimpsest.common.page.records import overview
-from palimpsest.control_client import ControlClient, url_in, wait_for as wait_for_change
+from palimpsest.control_client import ControlClient, url_in
 from palimpsest.rescore import Models, rescore
 from tests.page.browser import open_browser
 from tests.processes.waiting import LIMIT_S
+from tests.runs import held_lookup
+from tests.runs.endless import ENDLESS, send, several_versions
 from tests.runs.run_process import RunProcess, check_ledger, check_whole_groups, history, scripted, wait_for
 
 pytestmark = pytest.mark.servers
@@ -78,6 +81,11 @@ def check_scores(home: Path, model: Path) -> dict[str, Any]:
     return seen
 
 
+def flushed_at(home: Path) -> set[int]:
+    """The cuts that flushed a trajectory."""
+    return {record.cut for record in records(home, TRAJECTORIES) if isinstance(record, SegmentFlushed)}
+
+
 def missing(home: Path) -> float:
     return sum(line["all"]["missing"] for line in history(home))
 
@@ -99,28 +107,25 @@ def change_the_run(run: RunProcess, home: Path, page: Page) -> tuple[int, int]:
         expect(outcome).to_contain_text(f"{done}: applied at version")
         return int((outcome.text_content() or "").rpartition(" ")[2])
 
-    def send(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        change = wait_for_change(learner, learner.send(method, path, json=body), LIMIT_S)
-        assert change["state"] == "applied", change
-        return change
-
     paused = press("Pause training", "pause training")
     expect(page.locator("#waits")).to_contain_text("waits for resume: local paused the training")
-    cut = send("POST", "/v1/actions/cut")
+    cut = send(learner, "POST", "/v1/actions/cut")
     assert (cut["version"], cut["result"]["workers"], cut["result"]["late"]) == (paused, ["worker-0", "worker-1"], [])
     page.get_by_label("Setting").select_option(LR)
     page.get_by_label("Value (JSON)").fill(str(FASTER))
     assert press("Set", f"{LR}: {SLOWER} → {FASTER}") == paused
     expect(page.locator(".tokens .token.age-0, .tokens .token.age-1").first).to_be_visible()
-    saved = send("POST", "/v1/actions/checkpoint")["result"]
+    saved = send(learner, "POST", "/v1/actions/checkpoint")["result"]
     assert (saved["version"], saved["nothing_new"]) == (paused, True)
     assert press("Resume", "resume") == paused
     wait_for(lambda: len(history(home)) >= paused + 2, run, name="two versions at the new rate")
+    wait_for(lambda: several_versions(home), run, name="a trajectory of several versions")
+    wait_for(lambda: len(flushed_at(home)) > 1, run, name="a second cut that flushes")
     later = press("Pause training", "pause training")
     metrics = httpx.get(f"{url_in(home, 'learner')}/metrics").text
     assert f"\npalimpsest_learner_learning_rate {FASTER}\n" in metrics
     assert "\npalimpsest_learner_settings_generation 1.0\n" in metrics
-    send("PATCH", "/v1/settings", {"learner.versions": later + 2, "learner.max_staleness": 5})
+    send(learner, "PATCH", "/v1/settings", {"learner.versions": later + 2, "learner.max_staleness": 5})
     assert press("Resume", "resume") == later
     learner.close()
     return paused, later
@@ -132,8 +137,9 @@ def test_cuts_flush_unfinished_trajectories_and_every_token_is_exact(tmp_path: P
     The audit's records, the history, the report and the metric agree on the change.
     """
     patient = "--learner.proximal.deadline_s=600"  # no process dies here, so a busy machine may take its time
-    endless = "--learner.versions=100000"  # until `change_the_run` sets the number
-    run, home = interrupted(tmp_path, starting_model, "--local.learner_ranks=2", patient, endless)
+    flags = ("--local.learner_ranks=2", patient, ENDLESS, *held_lookup.FLAGS)  # `change_the_run` sets the end
+    environment = {held_lookup.VARIABLE: str(tmp_path / "scripted")}
+    run, home = interrupted(tmp_path, starting_model, *flags, environment=environment)
     try:
         with open_browser() as browser:
             paused, later = change_the_run(run, home, browser.new_page())
@@ -161,11 +167,7 @@ def test_cuts_flush_unfinished_trajectories_and_every_token_is_exact(tmp_path: P
         recorded = overview(home / "records", line["version"], limit=1000)
         assert sum(one.removed or 0 for one in recorded) == line["removal"]["removed"] > 0
     assert all(line["exact"] for line in lines)
-    assert sum(line["multi_version"] for line in lines) > 0
     assert missing(home) == 0
-    flushed = [m for m in records(home, TRAJECTORIES) if isinstance(m, SegmentFlushed)]
-    assert flushed
-    assert len({flush.cut for flush in flushed}) > 1
     assert check_scores(home, starting_model)["tokens"] > 500
 
 

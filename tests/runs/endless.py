@@ -1,0 +1,34 @@
+"""Runs without an end, which a test ends after it has seen what it waits for."""
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from palimpsest.control_client import ControlClient, url_in, wait_for as wait_for_change
+from tests.processes.waiting import LIMIT_S
+from tests.runs.run_process import RunProcess, history, wait_for
+
+ENDLESS = "--learner.versions=100000"
+
+
+def send(learner: ControlClient, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Request a change of the run, and return it when it is applied."""
+    change = wait_for_change(learner, learner.send(method, path, json=body), LIMIT_S)
+    assert change["state"] == "applied", change
+    return change
+
+
+def end_after_two_versions(run: RunProcess, home: Path) -> int:
+    """Let an endless run train a version, and then two more. Return their number in all."""
+    before = len(history(home))
+    wait_for(lambda: len(history(home)) > before, run, name="a further version")
+    with closing(ControlClient(url_in(home, "learner"))) as learner:
+        last = int(send(learner, "POST", "/v1/actions/pause", {})["version"]) + 2
+        send(learner, "PATCH", "/v1/settings", {"learner.versions": last})
+        send(learner, "POST", "/v1/actions/resume", {})
+    return last
+
+
+def several_versions(home: Path) -> bool:
+    """Whether the run has trained on a trajectory of several versions."""
+    return any(line["multi_version"] for line in history(home))
