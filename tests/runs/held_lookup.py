@@ -1,6 +1,6 @@
 """Plugin: lookup whose tool waits for versions, for runs whose trajectories must span several versions on any machine.
 
-One tool call of the run waits at a time, until two more versions were trained. The other trajectories go on, so the
+One tool call of the run waits at a time, until two more versions were trained. The other trajectories continue, so the
 learner always gets its batches. By then the first of the two versions was published, so the rest of the trajectory has
 another version than its beginning, and a cut between them flushes it.
 """

@@ -25,7 +25,8 @@ def test_a_status_does_not_change_while_the_ledger_does() -> None:
     unused: Any = SimpleNamespace()
     parts = SimpleNamespace(trainer=None, policy=None, state=None, ranks=None)
     ingest = SimpleNamespace(ledger=ledger, reader=None, tasks=None, dead_letters=None)
-    outputs = SimpleNamespace(writer=SimpleNamespace(epoch=1), publisher=None, checkpoints=None)
+    evaluator = SimpleNamespace(status=str, result=str)
+    outputs = SimpleNamespace(writer=SimpleNamespace(epoch=1), publisher=None, checkpoints=None, evaluator=evaluator)
     control = RunControl(config, ControlDesk(""), publish=lambda _: None)
     loop = Loop(config, parts, ingest, unused, outputs, unused, control, Stop())  # type: ignore[arg-type]
     assert loop.status.not_ready() == "the start"
