@@ -18,6 +18,8 @@ from palimpsest.common.metrics import REGISTRY
 
 KAFKA, STORE, S3, GATEWAY = "Kafka", "snapshot_store", "S3", "env_gateway"
 """Values of `of`: the services that may be unreachable."""
+ROOM = "room in the snapshot store"
+"""Value of `of` while the store is at its limit of bytes."""
 LOG_AFTER_S = 2.0
 """An outage shorter than this is not logged."""
 OUTAGE = Gauge(

@@ -147,6 +147,14 @@ class SnapshotStoreConfig(Service):
     """zstd level for weights that are stored in full; differences between versions need no level."""
     sweep_s: PositiveFloat = 2.0
     """Interval between two sweeps for versions that no lease retains, in seconds."""
+    max_gib: PositiveFloat | None = None
+    """Maximum size of the weights in the store, in GiB. At the maximum the store removes what no lease and no pin
+    holds; if that is not enough, the learner waits for room. Default: no maximum."""
+
+    @property
+    def max_bytes(self) -> int | None:
+        """`max_gib` in bytes."""
+        return None if self.max_gib is None else int(self.max_gib * 2**30)
 
     @model_validator(mode="after")
     def _s3_is_named(self) -> "SnapshotStoreConfig":

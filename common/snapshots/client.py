@@ -37,6 +37,7 @@ from palimpsest.common.snapshots.manifest import (
 )
 from palimpsest.common.snapshots.retrying_http import (
     CHUNK,
+    NoRoom,
     NotFound,
     RetryingHttp,
     StoreUnavailable,
@@ -93,7 +94,8 @@ class SnapshotClient:
     """Client of one store. Thread-safe.
 
     `patience_s`: time for which a call retries if the store does not answer, in seconds. `ca_file`: CA certificates
-    that verify the store and the S3 to which the store redirects readers.
+    that verify the store and the S3 to which the store redirects readers. `sleep_without_room`: pauses while the store
+    is at its limit of bytes, which may take hours; it may raise. Default: `sleep`.
     """
 
     def __init__(
@@ -104,8 +106,11 @@ class SnapshotClient:
         ca_file: Path | None = None,
         patience_s: float = PATIENCE_S,
         sleep: Callable[[float], None] = time.sleep,
+        sleep_without_room: Callable[[float], None] | None = None,
     ) -> None:
-        self._calls = RetryingHttp(url, patience_s=patience_s, ca_file=ca_file, sleep=sleep)
+        self._calls = RetryingHttp(
+            url, patience_s=patience_s, ca_file=ca_file, sleep=sleep, sleep_without_room=sleep_without_room
+        )
         self._compression, self._ca_file = compression, ca_file
 
     @property
@@ -297,7 +302,12 @@ class SnapshotClient:
         def send(http: httpx.Client) -> httpx.Response:
             return http.put(f"/v1/objects/{digest}", content=upload.chunks(), headers={"Content-Length": str(size)})
 
-        raise_for_status(self._calls.call(send, upload=upload), 200, 201)
+        while True:
+            try:
+                raise_for_status(self._calls.call(send, upload=upload), 200, 201)
+                return
+            except NoRoom:
+                self._calls.wait_for_room(size)
 
     def _object(self, manifest: Manifest) -> Generator[bytes, None, None]:
         try:

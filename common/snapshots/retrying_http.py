@@ -16,7 +16,7 @@ import msgspec
 
 from palimpsest.common.control.access import SERVICE_TOKEN
 from palimpsest.common.control.credentials import authorization
-from palimpsest.common.outages import OUTAGES, S3, STORE, Outages, Waiting
+from palimpsest.common.outages import OUTAGES, ROOM, S3, STORE, Outages, Waiting
 from palimpsest.common.proxies import our_client, outside_client
 from palimpsest.common.tls import tls_context
 from palimpsest.common.user_error import UserError
@@ -29,11 +29,18 @@ LONGEST_PAUSE_S = 5.0
 FULL_PATIENCE_S = 20.0
 """Time for which a call retries on a full disk, in seconds. It is shorter than the time for outages, because a person
 has to free space."""
+ROOM_PATIENCE_S = 12 * 3600.0
+"""Time for which a call waits for room in the store, in seconds: half of the time for which the learner's lease holds,
+because a learner that waits does not renew it."""
 _TIMEOUT = httpx.Timeout(60.0, connect=5.0)
 
 
 class StoreUnavailable(Exception):
     """Raised if the store did not answer within the time limit."""
+
+
+class NoRoom(Exception):
+    """Raised if the store is at its limit of bytes. The message says what holds them."""
 
 
 class NotFound(LookupError):
@@ -73,6 +80,7 @@ class RetryingHttp:
         patience_s: float,
         ca_file: Path | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        sleep_without_room: Callable[[float], None] | None = None,
         outages: Outages = OUTAGES,
     ) -> None:
         context = tls_context(ca_file, key="snapshot_store.ca_file")  # once, because reading certificates takes 40 ms
@@ -80,6 +88,7 @@ class RetryingHttp:
         # A presigned URL signs only the Host header, so others may be sent. `identity`: ranges count stored bytes
         self._direct = outside_client(context, timeout=_TIMEOUT, headers={"Accept-Encoding": "identity"})
         self._patience_s, self._sleep, self._outages = patience_s, sleep, outages
+        self._sleep_without_room = sleep_without_room or sleep
         self.url = url
 
     def close(self) -> None:
@@ -94,8 +103,8 @@ class RetryingHttp:
         last break before which an attempt came further than all before it: a long upload that breaks is repeated. A
         full disk is no break: how far an attempt comes then depends on buffers.
 
-        Raises StoreUnavailable at the time limit, OSError if the disk of the store stays full, and UserError if the
-        store refuses this process.
+        Raises StoreUnavailable at the time limit, OSError if the disk of the store stays full, NoRoom at once if the
+        store is at its limit, and UserError if the store refuses this process.
         """
         retry = _RetryState(self._sleep)
         with self._outages.waiting() as outage:
@@ -106,6 +115,8 @@ class RetryingHttp:
                     self._raise_if_unauthorized(reply)
                     if reply.status_code < 500:
                         return reply
+                    if (reason := _no_room(reply)) is not None:
+                        raise NoRoom(reason)
                     error, limit_s = _failure(reply), self._patience_s
                     of, address = _storage_outage(reply) or (of, address)
                 except httpx.TransportError as failure:
@@ -120,6 +131,21 @@ class RetryingHttp:
         if isinstance(error, OSError):
             raise error
         raise StoreUnavailable(f"the snapshot store at {self.url} did not answer in {limit_s:g} s: {error}")
+
+    def wait_for_room(self, size: int) -> None:
+        """Return when the store has room for this many bytes. Raises StoreUnavailable after ROOM_PATIENCE_S."""
+        retry = _RetryState(self._sleep_without_room)
+        with self._outages.waiting() as outage:
+            while True:
+                try:
+                    raise_for_status(self.call(lambda http: http.get("/v1/quota", params={"bytes": size})), 200)
+                    return
+                except NoRoom as error:
+                    until = self._outages.now() + retry.remaining_s(ROOM_PATIENCE_S)
+                    outage.record_failure(ROOM, self.url, str(error), until=until)
+                    if not retry.pause(ROOM_PATIENCE_S):
+                        hours = f"{ROOM_PATIENCE_S / 3600:g} h"
+                        raise StoreUnavailable(f"the store at {self.url} had no room for {hours}: {error}") from None
 
     def body(self, path: str) -> Generator[bytes, None, None]:
         """Iterate over the bytes under `path`. Raises NotFound, StoreUnavailable."""
@@ -227,6 +253,15 @@ def _storage_outage(reply: httpx.Response) -> tuple[str, str] | None:
     try:
         body = msgspec.json.decode(reply.content)
         return (S3, str(body["address"])) if body["code"] == "storage_unavailable" else None
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return None
+
+
+def _no_room(reply: httpx.Response) -> str | None:
+    """Return what a reply says about the store's limit of bytes; None for every other reply."""
+    try:
+        body = msgspec.json.decode(reply.content) if reply.status_code == 507 else {}
+        return str(body["message"]) if body["code"] == "quota_reached" else None
     except (msgspec.DecodeError, KeyError, TypeError):
         return None
 

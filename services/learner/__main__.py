@@ -8,6 +8,7 @@ palimpsest dead-letters list RUN.toml     (see `palimpsest dead-letters --help`)
 
 import os
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 from palimpsest.common.config import Invocation
@@ -20,6 +21,7 @@ from palimpsest.common.program import main, print_line, service
 from palimpsest.common.service import Starting, Stop
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.trajectory_limit import trajectory_limit
+from palimpsest.common.user_error import UserError
 
 if TYPE_CHECKING:  # torch
     from palimpsest.services.learner.distributed import ProcessGroup
@@ -63,7 +65,12 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     shards = build_shards(config, ranks) if sharded else None
     policy = shards.policy if shards is not None else _whole_policy(config, ranks)
     kept = config.snapshot_store
-    with SnapshotClient(config.store_url, compression=kept.compression, ca_file=kept.ca_file) as store:
+    with SnapshotClient(
+        config.store_url,
+        compression=kept.compression,
+        ca_file=kept.ca_file,
+        sleep_without_room=partial(wait_for_room, stop),
+    ) as store:
         state = build_training_state(
             config.learner,
             policy,
@@ -103,6 +110,16 @@ def _whole_policy(config: RunConfig, ranks: "ProcessGroup") -> "TrainablePolicy"
     if config.learner.activation_checkpointing:
         checkpoint_activations(model)
     return TrainablePolicy(model, config.learner.optimizer)
+
+
+def wait_for_room(stop: Stop, seconds: float) -> None:
+    """Pause while the store has no room for a version; the wait may take hours, so it ends with the stop: UserError."""
+    if stop.wait(seconds):
+        raise UserError(
+            "stopped while the snapshot store had no room for a version; resume the run when it has room: the version "
+            "is trained again from the checkpoint",
+            stop.code,
+        )
 
 
 def dead_letters() -> None:

@@ -5,25 +5,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from palimpsest.common.outages import GATEWAY, KAFKA, S3, STORE
+from palimpsest.common.outages import GATEWAY, KAFKA, ROOM, S3, STORE
 from palimpsest.common.text import duration, listed
 
 SHOWN_S = 3.0
 """Shorter outages are not shown."""
 GAP_S = 3.0
 """An outage is over once no service has reported it for this time; the services are polled one after another."""
-NAMES = {KAFKA: "Kafka", STORE: "snapshot store", S3: "S3", GATEWAY: "environment gateway"}
+NAMES = {KAFKA: "Kafka", STORE: "snapshot store", S3: "S3", GATEWAY: "environment gateway", ROOM: ROOM}
 MENDS = {
     KAFKA: "Start the broker; the run then continues by itself",
     STORE: "See logs/snapshot_store.log. If its process hangs, end it with kill -9; the run restarts it",
     S3: "Start it; the run then continues by itself",
     GATEWAY: "See logs/env_gateway.log. If its process hangs, end it with kill -9; the run restarts it",
+    ROOM: "Release pins (palimpsest pin), or raise snapshot_store.max_gib and resume the run",
 }
 NEEDS = {
     KAFKA: "every service reads and writes its topics",
     STORE: "learner and workers need it for every version",
     S3: "the store needs it for every version",
     GATEWAY: "the workers need it for every message",
+    ROOM: "the learner needs it for every version",
 }
 """Which services need it, if none reports a wait yet: a call that hangs is reported late."""
 LIMITS = {
@@ -31,6 +33,7 @@ LIMITS = {
     STORE: "; then the run restarts {who}",
     S3: "; then the run restarts {who}",
     GATEWAY: "; then the trajectory is retried in a new session, and dropped after rollout.attempts",
+    ROOM: "; then the learner ends with code 3",
 }
 """What follows when the wait ends."""
 

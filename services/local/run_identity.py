@@ -99,6 +99,7 @@ CHANGEABLE = (
     "snapshot_store.claims_keep_hours",
     "snapshot_store.compression",
     "snapshot_store.sweep_s",
+    "snapshot_store.max_gib",
     "learner.checkpoint",
     # limits
     "tasks.time_limit_s",

@@ -27,7 +27,14 @@ def body(invocation: Invocation, stop: Stop) -> None:
     require_token_off_loopback(section.host, access, key="snapshot_store")  # before it reads a large storage
     storage = asyncio.run(_open_and_check(config))
     keep_s = section.claims_keep_hours * 3600 + CLOCK_STEP_S
-    app = create_app(storage, sweep_s=section.sweep_s, claims_keep_s=keep_s, access=access)
+    app = create_app(
+        storage,
+        sweep_s=section.sweep_s,
+        claims_keep_s=keep_s,
+        max_bytes=section.max_bytes,
+        compression=section.compression,
+        access=access,
+    )
     serve(app, section.host, section.port, key="snapshot_store", stop=stop)
 
 

@@ -7,9 +7,10 @@ GET  /v1/versions
 PUT  /v1/leases/{holder}        {"lowest": version}; the lease expires unless it is repeated
 DELETE /v1/leases/{holder}      204, 404 no such lease
 and /v1/objects, /v1/claims: see routes_blobs.py; /v1/writers, /v1/checkpoints: see routes_writers.py;
-/v1/members: see routes_members.py; /v1/pins: see routes_pins.py
+/v1/members: see routes_members.py; /v1/pins: see routes_pins.py; /v1/quota: see routes_quota.py
 
-Every route answers 503 storage_unavailable while the storage does not answer; writes answer 507 while it is full.
+Every route answers 503 storage_unavailable while the storage does not answer; writes answer 507 disk_full while it is
+full, and 507 quota_reached if the weights have no room below the limit.
 """
 
 import asyncio
@@ -40,12 +41,14 @@ from palimpsest.services.snapshot_store import (
     routes_blobs,
     routes_members,
     routes_pins,
+    routes_quota,
     routes_writers,
 )
 from palimpsest.services.snapshot_store.bodies import MOST, WRITE_ERRORS, WRITER_ERRORS, Number, decoded
 from palimpsest.services.snapshot_store.catalog import Catalog, Conflict, UnknownParent
 from palimpsest.services.snapshot_store.claim_check import ClaimCheckBlobs
 from palimpsest.services.snapshot_store.kept_members import KeptMembers
+from palimpsest.services.snapshot_store.rebase import Rebaser
 from palimpsest.services.snapshot_store.storage import Storage, Unavailable
 
 LeaseHolder = Annotated[str, Path(pattern="^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -84,10 +87,22 @@ async def open_catalog(storage: Storage) -> Catalog:
 
 
 def create_app(
-    storage: Storage, *, sweep_s: float, claims_keep_s: float = CLAIMS_KEEP_S, access: Access | None = None
+    storage: Storage,
+    *,
+    sweep_s: float,
+    claims_keep_s: float = CLAIMS_KEEP_S,
+    max_bytes: int | None = None,
+    compression: int = 3,
+    access: Access | None = None,
 ) -> FastAPI:
-    """Return the store's application. It reads the catalog at the start and sweeps while it runs."""
-    catalog, claims, members = Catalog(storage), ClaimCheckBlobs(storage), KeptMembers(storage)
+    """Return the store's application. It reads the catalog at the start and sweeps while it runs.
+
+    max_bytes: limit on the bytes of weights; None: no limit. compression: zstd level of weights that the store itself
+    stores in full.
+    """
+    catalog = Catalog(storage, max_bytes=max_bytes)
+    claims, members = ClaimCheckBlobs(storage), KeptMembers(storage)
+    instruments.QUOTA_BYTES.set(max_bytes or 0)
     state = {"open": False}
 
     @asynccontextmanager
@@ -96,7 +111,8 @@ def create_app(
         await members.open()
         state["open"] = True
         _observe(catalog)
-        sweeping = asyncio.create_task(_sweep(catalog, claims, sweep_s, claims_keep_s))
+        rebaser = Rebaser(catalog, storage, level=compression)
+        sweeping = asyncio.create_task(_sweep(catalog, claims, rebaser, sweep_s, claims_keep_s))
         yield
         sweeping.cancel()
         with suppress(asyncio.CancelledError):
@@ -110,6 +126,7 @@ def create_app(
             "newest": versions[-1] if versions else None,
             "bytes": sum(m.object_size for m in catalog.versions.values()),
             "leases": catalog.leases,
+            "quota": routes_quota.state(catalog),
         }
 
     app = application(
@@ -129,6 +146,7 @@ def create_app(
     routes_members.routes(app, members)
     routes_pins.routes(app, catalog)
     app.include_router(log_level.level_routes())
+    routes_quota.routes(app, catalog)
 
     @app.exception_handler(Unavailable)
     async def unavailable(_request: Request, error: Unavailable) -> JSONResponse:
@@ -216,23 +234,34 @@ def _leases(app: FastAPI, catalog: Catalog) -> None:
         instruments.OLDEST_NEEDED.set(min(catalog.leases.values(), default=0))
 
 
-async def _sweep(catalog: Catalog, claims: ClaimCheckBlobs, every_s: float, claims_keep_s: float) -> None:
+async def _sweep(
+    catalog: Catalog, claims: ClaimCheckBlobs, rebaser: Rebaser, every_s: float, claims_keep_s: float
+) -> None:
     look = 0.0
     while True:
         await asyncio.sleep(every_s)
         try:
-            if gone := await catalog.sweep():
+            gone = await catalog.sweep()
+            if await rebaser.relieve() is not None:
+                instruments.REBASED.inc()
+                gone += await catalog.sweep()
+            if gone:
                 instruments.SWEPT_VERSIONS.inc(len(gone))
                 logger().debug("swept", versions=gone)
-                _observe(catalog)
+            _observe(catalog)
             if time.monotonic() >= look:
                 look = time.monotonic() + claims_keep_s / CLAIM_LOOKS
                 instruments.SWEPT_CLAIMS.inc(await claims.sweep(claims_keep_s))
         except Unavailable as error:
             logger().warning("not swept", reason=str(error))  # the next sweep removes them
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            logger().warning("chain not replaced", reason=str(error))
 
 
 def _observe(catalog: Catalog) -> None:
     manifests = catalog.versions.values()
     instruments.VERSIONS.set(len(manifests))
     instruments.STORED_BYTES.set(sum(manifest.object_size for manifest in manifests))
+    instruments.USED_BYTES.set(catalog.used_bytes)

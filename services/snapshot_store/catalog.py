@@ -1,7 +1,8 @@
 """The catalog of the store: its versions, and the leases that hold them.
 
     objects/<blake3>             weights, named by their content
-    versions/<number>.json       a sealed manifest, created once, after its object is stored
+    versions/<number>.json       a sealed manifest, created once, after its object is stored; rebase.py may replace
+                                 it by one of the same weights in full
     leases.json                  holder -> lowest version that it may still need
     pins.json                    see pins.py
     writers/, checkpoints/       see writers.py
@@ -18,9 +19,10 @@ from collections.abc import AsyncIterator, Callable
 import msgspec
 
 from palimpsest.common.logs import logger
-from palimpsest.common.snapshots.manifest import Damaged, Manifest, Parent, unseal
+from palimpsest.common.snapshots.manifest import Damaged, Manifest, Parent, seal, unseal
 from palimpsest.common.versions import Version
 from palimpsest.services.snapshot_store.pins import Pins
+from palimpsest.services.snapshot_store.quota import Holding, Quota, QuotaReached, holdings, reached
 from palimpsest.services.snapshot_store.retention import removable
 from palimpsest.services.snapshot_store.storage import Storage, Unavailable
 from palimpsest.services.snapshot_store.uploads import Uploads
@@ -42,18 +44,25 @@ class Conflict(Exception):
 class Catalog:
     """Versions and leases over a Storage.
 
+    max_bytes: limit on the bytes of weights; None: no limit. Manifests and the bodies of log records do not count.
     A lease expires `lease_s` after it was last taken, and an object without a manifest some time after its upload. Both
     are measured by `clock`, in seconds; a restart of the store begins them again.
     """
 
     def __init__(
-        self, storage: Storage, *, lease_s: float = LEASE_S, clock: Callable[[], float] = time.monotonic
+        self,
+        storage: Storage,
+        *,
+        max_bytes: int | None = None,
+        lease_s: float = LEASE_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._storage, self._lease_s, self._clock = storage, lease_s, clock
         self._manifests: dict[Version, Manifest] = {}
         self._leases: dict[str, Version] = {}
         self._renewed: dict[str, float] = {}
         self._uploads = Uploads(clock=clock)
+        self._quota = Quota(max_bytes)
         self._changing = asyncio.Lock()
         self.writers = Writers(storage, self._changing)
         self.pins = Pins(storage)
@@ -85,10 +94,59 @@ class Catalog:
         """Holder -> lowest version that it may still need."""
         return dict(self._leases)
 
-    async def put_object(self, digest: str, chunks: AsyncIterator[bytes]) -> int:
-        """Store weights under their digest. Return the number of bytes. Raises DigestMismatch."""
+    async def put_object(self, digest: str, chunks: AsyncIterator[bytes], *, size: int | None = None) -> int:
+        """Store weights under their digest. Return the number of bytes.
+
+        size: the bytes that will arrive; it may be None without a limit. Raises DigestMismatch, QuotaReached, and
+        ValueError if the weights are longer than `size`.
+        """
+        if self._quota.max_bytes is None:
+            return await self._receive(digest, chunks)
+        if size is None:
+            raise ValueError("a store with a limit must know the size of an upload before it arrives")
+        await self.make_room(size, digest=digest)
+        try:
+            return await self._receive(digest, _at_most(size, chunks))
+        finally:
+            self._quota.release(digest)
+
+    async def _receive(self, digest: str, chunks: AsyncIterator[bytes]) -> int:
         with self._uploads.receiving(digest):  # a sweep must not delete it before its manifest arrives
-            return await self._storage.put(f"objects/{digest}", chunks, digest=digest)
+            size = await self._storage.put(f"objects/{digest}", chunks, digest=digest)
+        self._uploads.stored(digest, size)
+        return size
+
+    async def make_room(self, size: int, *, digest: str = "") -> None:
+        """Remove what no lease and no pin holds if an object of this many bytes has no room otherwise.
+
+        digest: of an upload that begins; its bytes are then reserved. Raises QuotaReached if there is no room.
+        """
+        async with self._changing:
+            if not self._quota.fits(digest, size, self._stored()):
+                await self._sweep()
+            stored = self._stored()
+            fits = self._quota.reserve(digest, size, stored) if digest else self._quota.fits(digest, size, stored)
+            if not fits:
+                assert self._quota.max_bytes is not None
+                raise QuotaReached(reached(size, self.used_bytes, self._quota.max_bytes, self.holdings()))
+
+    @property
+    def max_bytes(self) -> int | None:
+        """The limit on `used_bytes`."""
+        return self._quota.max_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the weights that are stored or on their way, each object counted once."""
+        return self._quota.used(self._stored())
+
+    def holdings(self) -> list[Holding]:
+        """Return what each lease and pin holds; see quota.py."""
+        return holdings(self._manifests, self._leases, self.pins.all())
+
+    def _stored(self) -> dict[str, int]:
+        """Object -> bytes, of versions and of uploads that wait for their manifest."""
+        return self._uploads.waiting() | {m.object: m.object_size for m in self._manifests.values()}
 
     async def put_version(self, manifest: Manifest, body: bytes) -> bool:
         """Create a version. Return False if the same version exists.
@@ -115,6 +173,21 @@ class Catalog:
                     )
                 return False
             self._manifests[manifest.version] = manifest
+            return True
+
+    async def replace_version(self, old: Manifest, new: Manifest) -> bool:
+        """Store the same weights in another encoding, whose object is stored. Return False if the version has changed.
+
+        Raises ValueError for other weights.
+        """
+        if new.digest != old.digest or new.version != old.version:
+            raise ValueError(f"version {old.version}: other weights, digest {new.digest[:16]}")
+        async with self._changing:
+            self._uploads.forget(new.object)
+            if self._manifests.get(old.version) != old:
+                return False
+            await self._put_bytes(_manifest_key(old.version), seal(new))
+            self._manifests[old.version] = new
             return True
 
     def _check_parent(self, manifest: Manifest) -> None:
@@ -174,12 +247,13 @@ class Catalog:
             return await self.pins.unpin(version, name)
 
     async def _write_leases(self) -> None:
-        text = msgspec.json.encode(self._leases)
+        await self._put_bytes("leases.json", msgspec.json.encode(self._leases))
 
+    async def _put_bytes(self, key: str, body: bytes) -> None:
         async def whole() -> AsyncIterator[bytes]:
-            yield text
+            yield body
 
-        await self._storage.put("leases.json", whole())
+        await self._storage.put(key, whole())
 
     async def _expire_leases(self) -> None:
         expired = [holder for holder, at in self._renewed.items() if self._clock() - at > self._lease_s]
@@ -192,19 +266,20 @@ class Catalog:
     async def sweep(self) -> list[Version]:
         """Remove expired leases, then the versions and objects that no lease needs. Return the removed versions."""
         async with self._changing:
-            await self._expire_leases()
-            gone = removable(
-                self._manifests.keys(), self._leases, pinned=self.pins.all().keys(), parents=self._parent_of
-            )
-            for version in sorted(gone, key=self._removal_order):
-                await self._storage.delete(_manifest_key(version))
-                del self._manifests[version]
-            needed = {f"objects/{m.object}" for m in self._manifests.values()}
-            needed |= {f"objects/{digest}" for digest in self._uploads.awaited()}
-            for key in await self._storage.keys("objects/"):
-                if key not in needed:
-                    await self._storage.delete(key)
-            return sorted(gone)
+            return await self._sweep()
+
+    async def _sweep(self) -> list[Version]:
+        await self._expire_leases()
+        gone = removable(self._manifests.keys(), self._leases, pinned=self.pins.all().keys(), parents=self._parent_of)
+        for version in sorted(gone, key=self._removal_order):
+            await self._storage.delete(_manifest_key(version))
+            del self._manifests[version]
+        needed = {f"objects/{m.object}" for m in self._manifests.values()}
+        needed |= {f"objects/{digest}" for digest in self._uploads.awaited()}
+        for key in await self._storage.keys("objects/"):
+            if key not in needed:
+                await self._storage.delete(key)
+        return sorted(gone)
 
     def _removal_order(self, version: Version) -> tuple[Version, int]:
         """Chains from old to new, and in each the children first: a crash leaves no delta without its parent."""
@@ -216,6 +291,16 @@ class Catalog:
     def _parent_of(self, version: Version) -> Parent | None:
         manifest = self._manifests.get(version)
         return manifest.parent if manifest is not None else None
+
+
+async def _at_most(size: int, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Pass the bytes on. Raises ValueError if there are more than `size`: an upload takes no more than it reserved."""
+    left = size
+    async for chunk in chunks:
+        left -= len(chunk)
+        if left < 0:
+            raise ValueError(f"the upload is longer than its {size} bytes")
+        yield chunk
 
 
 def _manifest_key(version: Version) -> str:

@@ -6,6 +6,17 @@ from palimpsest.common.metrics import REGISTRY
 
 VERSIONS = Gauge("palimpsest_store_versions", "Versions in the store", registry=REGISTRY)
 STORED_BYTES = Gauge("palimpsest_store_bytes", "Bytes of weights in the store", registry=REGISTRY)
+USED_BYTES = Gauge(
+    "palimpsest_store_used_bytes",
+    "Bytes of weights that count against the limit, with uploads on their way",
+    registry=REGISTRY,
+)
+REBASED = Counter(
+    "palimpsest_store_rebased_versions", "Versions stored in full to free the chain before them", registry=REGISTRY
+)
+QUOTA_BYTES = Gauge(
+    "palimpsest_store_quota_bytes", "Limit on the bytes of weights in the store, 0 without one", registry=REGISTRY
+)
 OLDEST_NEEDED = Gauge("palimpsest_store_oldest_needed_version", "Lowest version under a lease", registry=REGISTRY)
 RECEIVED_BYTES = Counter("palimpsest_store_received_bytes", "Bytes of weights received", registry=REGISTRY)
 SENT_BYTES = Counter("palimpsest_store_sent_bytes", "Bytes of weights sent", registry=REGISTRY)
@@ -22,4 +33,4 @@ SWEPT_VERSIONS = Counter(
 )
 REFUSED = Counter("palimpsest_store_refused", "Writes refused, by reason", ["reason"], registry=REGISTRY)
 # reason: digest_mismatch, version_conflict, damaged_manifest, object_missing, parent_missing, fenced, writer_unknown,
-# checkpoint_conflict
+# checkpoint_conflict, quota_reached

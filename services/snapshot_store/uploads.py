@@ -16,6 +16,7 @@ class Uploads:
         self._keep_s, self._clock = keep_s, clock
         self._active: Counter[str] = Counter()
         self._ended: dict[str, float] = {}
+        self._sizes: dict[str, int] = {}
 
     @contextmanager
     def receiving(self, digest: str) -> Iterator[None]:
@@ -28,9 +29,19 @@ class Uploads:
             self._active[digest] -= 1
             self._active += Counter()  # drops zeros
 
+    def stored(self, digest: str, size: int) -> None:
+        """Note the bytes of an upload that ended."""
+        self._sizes[digest] = size
+
     def forget(self, digest: str) -> None:
         """Stop waiting for a manifest of this object: it is stored or refused."""
         self._ended.pop(digest, None)
+
+    def waiting(self) -> dict[str, int]:
+        """Return the objects that are stored and wait for their manifest, and their bytes."""
+        self.awaited()
+        self._sizes = {digest: size for digest, size in self._sizes.items() if digest in self._ended}
+        return dict(self._sizes)
 
     def awaited(self) -> set[str]:
         """Return the digests of the objects that a sweep must keep."""

@@ -100,11 +100,13 @@ SERVICES = (
     Panel("Store", "none", {
         "versions": gauge("store_versions"), "oldest needed": gauge("store_oldest_needed_version"),
         "versions removed": rate("store_swept_versions"), "bodies removed": rate("store_swept_claims"),
+        "chains replaced": rate("store_rebased_versions"),
     }, "The number of versions stays bounded while leases move."),
     Panel("Bytes", "bytes", {
-        "weights": gauge("store_bytes"),
+        "weights": gauge("store_bytes"), "used of the limit": gauge("store_used_bytes"),
+        "limit": gauge("store_quota_bytes"),
         "free: {{instance}} {{folder}}": gauge("free_bytes", "instance, folder", how="min"),
-    }, "Bytes of weights in the store; bytes free on each disk."),
+    }, "Bytes of weights in the store, its limit (0: none); bytes free on each disk."),
     Panel("Traffic of the store", "Bps", {
         "received": rate("store_received_bytes"),
         "sent": rate("store_sent_bytes"),

@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from palimpsest.common.outages import ROOM
 from palimpsest.services.learner.observability.worker_watch import WorkerState
 
 SILENT_S = 10.0
@@ -58,13 +59,19 @@ def waits(
         Wait(
             who="learner",
             does="",
-            waits_for=f"{outage['of']} at {outage['address']} to answer ({outage['problem']})",
+            waits_for=_waited_for(outage),
             on=outage["of"],
             seconds=round(max(0.0, unix_now - outage["since"]), 1),
         )
         for outage in outages
     ]
     return found
+
+
+def _waited_for(outage: Mapping[str, Any]) -> str:
+    if outage["of"] == ROOM:
+        return f"{ROOM}: {outage['problem']}"
+    return f"{outage['of']} at {outage['address']} to answer ({outage['problem']})"
 
 
 def _learner(waiting_for: str | None, waited_s: float | None) -> Wait:

@@ -282,6 +282,7 @@ async def test_the_status_lists_stored_versions(client: httpx.AsyncClient) -> No
         "newest": 5,
         "bytes": len(an_object(3)) + len(an_object(5)),
         "leases": {},
+        "quota": {"max_bytes": None, "used_bytes": len(an_object(3)) + len(an_object(5)), "held": []},
     }
 
 
