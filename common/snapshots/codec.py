@@ -5,6 +5,7 @@ lowest byte of every number) and compresses the planes with zstd. In bf16 weight
 repetitive and compresses well; the lower plane does not compress.
 """
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ _FREQUENCIES = zstandard.ZstdCompressionParameters(
     window_log=17, hash_log=6, chain_log=6, search_log=1, min_match=7, strategy=zstandard.STRATEGY_FAST
 )
 """Finds next to no repeated sequences, so that nearly all bytes are Huffman-coded."""
+
+
+_LOCAL = threading.local()
 
 
 def encode_base(raw: Bytes, *, itemsize: int, level: int) -> bytes:
@@ -63,12 +67,20 @@ def unpack(packed: memoryview, *, itemsize: int, count: int) -> tuple[NDArray[An
     return numbers.reshape(-1).view(f"<u{itemsize}"), packed
 
 
+def _decompressor() -> zstandard.ZstdDecompressor:
+    """Return that of this thread: to make one takes longer than a small frame."""
+    if not hasattr(_LOCAL, "decompressor"):
+        _LOCAL.decompressor = zstandard.ZstdDecompressor()
+    found: zstandard.ZstdDecompressor = _LOCAL.decompressor
+    return found
+
+
 def _decompress(frame: bytes, size: int) -> bytes:
     """Return the `size` bytes of the zstd frame. Raises ValueError."""
     try:
         content_size = zstandard.frame_content_size(frame)
         if content_size != size:  # before decompressing: a damaged header may request any amount of memory
             raise ValueError(f"the frame holds {content_size} bytes, expected {size}")
-        return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+        return _decompressor().decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ValueError(f"not a complete zstd frame: {error}") from error

@@ -3,8 +3,10 @@
 The digest of each decoded tensor is verified.
 """
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -13,8 +15,11 @@ from blake3 import blake3
 
 from palimpsest.common.snapshots.codec import Bytes, decode_base
 from palimpsest.common.snapshots.manifest import ITEMSIZE, Damaged, Manifest, TensorEntry
-from palimpsest.common.snapshots.slices import Slice, apply_slice, slices_in
+from palimpsest.common.snapshots.slices import SLICE_BYTES, Slice, apply_slice, slices_in
 
+THREADS = os.cpu_count() or 1
+AHEAD = 4
+"""Tensors that each thread may have waiting to be patched. They bound the memory."""
 Editing = Callable[[TensorEntry], AbstractContextManager[Bytes]]
 """Opens a tensor for changes: its bytes [size] uint8, writable, which count once the context ends."""
 
@@ -52,34 +57,73 @@ def patch(
     *,
     back: bool = False,
     held: Held | None = None,
+    arriving: Manifest | None = None,
 ) -> None:
     """Apply the slices of a version to tensors in place; `back`: from the version to its parent.
 
     chunks: the bytes of its object, already compared with the object's digest. held: the numbers that `editing` opens;
-    None: those of whole tensors. Slices of a tensor run in parallel. Verifies no tensor. Raises Damaged; the tensors
-    then may hold the bytes of no version.
+    None: those of whole tensors. arriving: compare each patched tensor, which must be whole, with its digest in this
+    manifest, while its bytes are still in the processor's cache. Tensors, and the slices of a large one, run in
+    parallel; `editing` is called from the threads of the pool too. Raises Damaged; the tensors then may hold the bytes
+    of no version.
     """
-    for entry, frame in _split(chunks, manifest):
-        itemsize = ITEMSIZE[entry.dtype]
-        begin, end = (0, entry.size // itemsize) if held is None else held(entry)
-        with editing(entry) as raw:
+    digests = {entry.name: entry for entry in arriving.tensors} if arriving is not None else {}
+    if arriving is not None and digests.keys() != {entry.name for entry in manifest.tensors}:
+        raise Damaged(f"version {arriving.version} has other tensors than version {manifest.version}, its neighbor")
+    pending: deque[Future[None]] = deque()
+    try:
+        for entry, frame in _split(chunks, manifest):
+            job = _Patch(manifest, entry, frame, editing, back, held, digests.get(entry.name), arriving)
+            if entry.size > SLICE_BYTES:
+                job.run(pool)
+            else:
+                pending.append(pool.submit(job.run))
+            while len(pending) > AHEAD * THREADS:
+                pending.popleft().result()
+    finally:
+        wait(pending)
+    for done in pending:
+        done.result()
 
-            def apply(
-                part: Slice, raw: Bytes = raw, itemsize: int = itemsize, begin: int = begin, end: int = end
-            ) -> None:
+
+@dataclass(frozen=True, slots=True)
+class _Patch:
+    """The change of one tensor."""
+
+    manifest: Manifest
+    entry: TensorEntry
+    frame: bytes
+    editing: Editing
+    back: bool
+    held: Held | None
+    arrived: TensorEntry | None
+    arriving: Manifest | None
+
+    def run(self, pool: Executor | None = None) -> None:
+        """Apply the slices, on the pool or in this thread. Raises Damaged."""
+        itemsize = ITEMSIZE[self.entry.dtype]
+        begin, end = (0, self.entry.size // itemsize) if self.held is None else self.held(self.entry)
+        with self.editing(self.entry) as raw:
+
+            def apply(part: Slice) -> None:
                 first, last = max(part.start, begin), min(part.start + part.count, end)
                 if first < last:
                     own = raw[(first - begin) * itemsize : (last - begin) * itemsize]
-                    apply_slice(part, own, back=back, within=(first - part.start, last - part.start))
+                    apply_slice(part, own, back=self.back, within=(first - part.start, last - part.start))
 
             try:
-                parts = list(slices_in(memoryview(frame), numbers=entry.size // itemsize, itemsize=itemsize))
-                if len(parts) < 2:  # most tensors: without a change of thread
-                    any(map(apply, parts))
-                else:
-                    list(pool.map(apply, parts))
+                parts = slices_in(memoryview(self.frame), numbers=self.entry.size // itemsize, itemsize=itemsize)
+                for _ in (pool or _SameThread()).map(apply, list(parts)):
+                    pass
             except ValueError as error:
-                raise Damaged(f"version {manifest.version}, tensor {entry.name}: {error}") from error
+                raise Damaged(f"version {self.manifest.version}, tensor {self.entry.name}: {error}") from error
+            if self.arrived is not None and self.arriving is not None:
+                verify(self.arrived, raw, self.arriving)
+
+
+class _SameThread:
+    def map(self, function: Callable[[Slice], None], items: list[Slice]) -> Iterator[None]:
+        return map(function, items)
 
 
 class Hashed:
@@ -112,8 +156,9 @@ class Hashed:
 
 
 def verify(entry: TensorEntry, raw: Bytes, manifest: Manifest) -> None:
-    """Raise Damaged unless these are the tensor's bytes. The digest is computed on all cores."""
-    if blake3(raw.data, max_threads=blake3.AUTO).hexdigest() != entry.digest:
+    """Raise Damaged unless these are the tensor's bytes. The digest of a large tensor is computed on all cores."""
+    threads = blake3.AUTO if len(raw) > SLICE_BYTES else 1
+    if blake3(raw.data, max_threads=threads).hexdigest() != entry.digest:
         raise Damaged(f"version {manifest.version}, tensor {entry.name}: the digest of its bytes is different")
 
 

@@ -123,8 +123,7 @@ def apply_slice(encoded: Slice, target: Bytes, *, back: bool = False, within: tu
         if within is not None:
             inside = slice(*np.searchsorted(places, within))
             places, changes = places[inside] - first, changes[inside]
-        moved = numbers[places]
-        numbers[places] = moved - changes if back else moved + changes
+        (np.subtract if back else np.add).at(numbers, places, changes)  # faster than to gather and to scatter
     elif encoded.kind is SliceKind.CHANGE:
         change, rest = unpack(body, itemsize=encoded.itemsize, count=encoded.count)
         _end(rest)
@@ -152,7 +151,8 @@ def sparse(encoded: Slice) -> tuple[NDArray[np.int64], NDArray[Any]]:
     gaps, body = unpack(body[4:], itemsize=4, count=changed)
     changes, body = unpack(body, itemsize=encoded.itemsize, count=changed)
     _end(body)
-    places = np.cumsum(gaps.astype(np.int64) + 1) - 1
+    places = np.cumsum(gaps, dtype=np.int64)
+    places += np.arange(changed)
     if places[-1] >= encoded.count:
         raise ValueError(f"the slice changes number {places[-1]} of {encoded.count}")
     return places, _unfolded(changes)

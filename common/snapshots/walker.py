@@ -16,8 +16,7 @@ from palimpsest.common.logs import logger
 from palimpsest.common.snapshots.chain import Leg, from_base, way
 from palimpsest.common.snapshots.client import VersionMissing
 from palimpsest.common.snapshots.codec import Bytes
-from palimpsest.common.snapshots.encoding import THREADS
-from palimpsest.common.snapshots.frames import Held, RawTensor, decode_tensors, patch, verify
+from palimpsest.common.snapshots.frames import THREADS, Held, RawTensor, decode_tensors, patch
 from palimpsest.common.snapshots.manifest import Damaged, Manifest, TensorEntry
 from palimpsest.common.versions import Version
 
@@ -42,7 +41,10 @@ class WeightsCopy(Protocol):
         """Overwrite all tensors. Raises ValueError if they are of another model."""
 
     def editing(self, entry: TensorEntry) -> AbstractContextManager[Bytes]:
-        """Open a tensor for changes; see frames.Editing. Raises ValueError if it is of another model."""
+        """Open a tensor for changes; see frames.Editing. Raises ValueError if it is of another model.
+
+        Several threads may have different tensors open.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,17 +102,18 @@ class Walker:
             for hop in hops:
                 _check_parents(hop, held, self._manifest)
                 with self._store.object(hop.manifest) as chunks:
+                    arrived = self._arrived(hop)
                     if hop.loads:
                         self._resident.load(decode_tensors(chunks, hop.manifest), hop.manifest)
                     else:
-                        patch(chunks, hop.manifest, self._resident.editing, pool, back=hop.back, held=self._held)
-                held = self._arrived(hop)
+                        last = arrived if hop is hops[-1] and self._held is None else None  # a digest is of a whole one
+                        patch(
+                            chunks, hop.manifest, self._resident.editing, pool,
+                            back=hop.back, held=self._held, arriving=last,
+                        )  # fmt: skip
+                held = arrived
                 moved += hop.manifest.object_size
         assert held is not None
-        if not hops[-1].loads and self._held is None:  # a load has verified each tensor
-            for entry in held.tensors:
-                with self._resident.editing(entry) as raw:
-                    verify(entry, raw, held)
         self.manifest = held
         return Moved(len(hops), moved)
 
