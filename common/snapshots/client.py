@@ -37,9 +37,9 @@ from palimpsest.common.snapshots.manifest import (
 )
 from palimpsest.common.snapshots.retrying_http import (
     CHUNK,
-    NoRoom,
     NotFound,
     RetryingHttp,
+    StoreFull,
     StoreUnavailable,
     Upload,
     raise_for_status,
@@ -306,7 +306,7 @@ class SnapshotClient:
             try:
                 raise_for_status(self._calls.call(send, upload=upload), 200, 201)
                 return
-            except NoRoom:
+            except StoreFull:
                 self._calls.wait_for_room(size)
 
     def _object(self, manifest: Manifest) -> Generator[bytes, None, None]:

@@ -38,7 +38,7 @@ RETIRED_CLASSES = frozenset(
         "Batched", "Beginnings", "Blueprint", "Calls", "Catalogue", "Companions", "Contender", "Course", "Cuts",
         "Dialogue", "Direct", "EarlyScorer", "Entrant", "Family", "Feed", "Flat", "Fleet", "Flushes", "Follows",
         "Frontier", "Gathered", "Guard", "Intake", "Interruption", "Interruptions", "LeastVariance", "Life",
-        "Misses", "NoRoom", "NotLetIn", "NotThere", "Nothing", "Nursery", "Order", "Padded", "Past", "Phases",
+        "Misses", "StoreFull", "NotLetIn", "NotThere", "Nothing", "Nursery", "Order", "Padded", "Past", "Phases",
         "Planner", "Prober", "Ranks", "Recorder", "Refusal", "Resident", "Rise", "Roster", "Scored", "Settled",
         "Sight", "Tail", "Teller", "Together", "Trained", "Trainee", "Unusable", "Watch", "Why", "World",
     }
