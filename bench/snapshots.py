@@ -15,7 +15,8 @@ between delta and base, and none is removed: all versions count.
 
     stored_ratio              full copies / ours
     bytes_per_changed_weight  bytes of the deltas / bf16 weights that changed
-    resident_ratio_to_ewma    memory of the shadow copy / memory of EWMA; `_bf16_average`: against an average in bf16
+    resident_ratio_to_ewma    bytes of the tensors that live once the shadow copy has moved / once EWMA has scored;
+                              `_bf16_average`: against an average in bf16 that is itself the copy
     hop_speedup               wall time to load a version as built / of one hop, both with all digests; the hop also
                               downloads from the store, the load does not; `_processor`: of processor time
     raw_map                   copying a version from a raw memory map into the model, without a digest
@@ -27,6 +28,8 @@ Prints one JSON line: settings, a list of cases, and the values of the first rat
 """
 
 import argparse
+import copy
+import gc
 import shutil
 import tempfile
 import time
@@ -54,6 +57,8 @@ from palimpsest.common.snapshots.writer import Writer
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.model.weights import EditableModel, load_weights, named_weights, raw_tensors
+from palimpsest.services.learner.old_logprobs.versioned_model import VersionedModel
+from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
 from palimpsest.services.snapshot_store.app import create_app
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 
@@ -133,6 +138,7 @@ def _case(rate: float, options: argparse.Namespace) -> dict[str, Any]:
                 steps.append(trained - began)
                 publishes.append(published_s)
         hops = versions.hops(_model(options))
+        resident = versions.resident(model, policy)
     raw = versions.raw_bytes
     as_built = _as_built(versions.last, model)
     parameters = sum(p.numel() for p in model.parameters())
@@ -155,8 +161,9 @@ def _case(rate: float, options: argparse.Namespace) -> dict[str, Any]:
         "raw_map": as_built["raw_map"],
         "hop_speedup": round(as_built["load"]["wall_s"] / hop["wall_s"], 2),
         "hop_speedup_processor": round(as_built["load"]["processor_s"] / hop["processor_s"], 2),
-        "resident_ratio_to_ewma": round(2 / 6, 3),
-        "resident_ratio_to_bf16_average": round(2 / 2, 3),
+        "resident_ratio_to_ewma": round(resident["shadow"] / resident["ewma"], 3),
+        "resident_ratio_to_bf16_average": round(resident["shadow"] / resident["bf16_average"], 3),
+        "resident_bytes": resident,
         "publisher_copy_bytes": raw,
         "version_s": round(median(steps), 4),
         "publish_s": round(median(publishes), 4),
@@ -228,6 +235,25 @@ class _Published:
         timed = [each[2] for each in self._deltas if each[2]]
         return round(self.raw_bytes / 1e6 / median(timed)) if timed else None
 
+    def resident(self, model: torch.nn.Module, policy: TrainablePolicy) -> dict[str, int]:
+        """Bytes of the tensors that the shadow copy, EWMA and an average in bf16 add to the process."""
+        found = {}
+        with torch.no_grad():
+            masters = [master.detach() for master in policy.masters]
+        before = _live_bytes()
+        kept = VersionedModel(copy.deepcopy(model).requires_grad_(False), self._store)
+        kept.load_version(self._newest)
+        found["shadow"] = _live_bytes() - before
+        del kept
+        ewma = EwmaProx(model, masters, torch.device("cpu"), decay=0.9)
+        ewma._shadow.with_weights(ewma.average.means)
+        found["ewma"] = _live_bytes() - before
+        del ewma
+        average = [master.to(torch.bfloat16) for master in masters]
+        found["bf16_average"] = _live_bytes() - before
+        del average
+        return found
+
     def hops(self, model: torch.nn.Module) -> list[tuple[float, float]]:
         """Wall and processor seconds of hops back from the newest version; each verifies all digests."""
         walker, seconds = Walker(self._store, EditableModel(model)), []
@@ -237,6 +263,16 @@ class _Published:
             walker.move(Version(version))
             seconds.append(_since(began))
         return seconds
+
+
+def _live_bytes() -> int:
+    """Bytes of the storages of all tensors of this process."""
+    gc.collect()
+    storages = {}
+    for each in gc.get_objects():
+        if isinstance(each, torch.Tensor):
+            storages[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+    return sum(storages.values())
 
 
 def _as_built(weights: list[RawTensor], model: torch.nn.Module) -> dict[str, Any]:
