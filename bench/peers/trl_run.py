@@ -24,7 +24,7 @@ from palimpsest.common.environments.tool_calls import read
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 
 
-class Dialogue:
+class SampledTask:
     """One trajectory."""
 
     def __init__(self, seed: int, renderer: ChatRenderer) -> None:
@@ -66,7 +66,7 @@ class Rollouts:
 
     def __call__(self, prompts: list[str], trainer: GRPOTrainer) -> dict[str, Any]:
         """Sample a dialogue for each prompt, which is the seed of a task."""
-        dialogues = [Dialogue(int(prompt), self.renderer) for prompt in prompts]
+        dialogues = [SampledTask(int(prompt), self.renderer) for prompt in prompts]
         model = trainer.accelerator.unwrap_model(trainer.model)
         was_training = model.training
         model.eval()
@@ -84,7 +84,7 @@ class Rollouts:
         }
 
     @torch.no_grad()
-    def _turn(self, model: torch.nn.Module, live: list[Dialogue]) -> None:
+    def _turn(self, model: torch.nn.Module, live: list[SampledTask]) -> None:
         rows = [dialogue.prompt + dialogue.tokens for dialogue in live]
         width = max(map(len, rows))
         ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in rows])

@@ -39,9 +39,9 @@ from palimpsest.common.snapshots.retrying_http import (
     CHUNK,
     NotFound,
     RetryingHttp,
-    StoreFull,
     StoreUnavailable,
     Upload,
+    WithoutRoom,
     raise_for_status,
 )
 from palimpsest.common.versions import Version
@@ -306,7 +306,7 @@ class SnapshotClient:
             try:
                 raise_for_status(self._calls.call(send, upload=upload), 200, 201)
                 return
-            except StoreFull:
+            except WithoutRoom:
                 self._calls.wait_for_room(size)
 
     def _object(self, manifest: Manifest) -> Generator[bytes, None, None]:

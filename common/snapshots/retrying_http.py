@@ -39,7 +39,7 @@ class StoreUnavailable(Exception):
     """Raised if the store did not answer within the time limit."""
 
 
-class StoreFull(Exception):
+class WithoutRoom(Exception):
     """Raised if the store is at its limit of bytes. The message says what holds them."""
 
 
@@ -103,7 +103,7 @@ class RetryingHttp:
         last break before which an attempt came further than all before it: a long upload that breaks is repeated. A
         full disk is no break: how far an attempt comes then depends on buffers.
 
-        Raises StoreUnavailable at the time limit, OSError if the disk of the store stays full, StoreFull at once if the
+        Raises StoreUnavailable at the time limit, OSError if the disk of the store stays full, WithoutRoom at once if the
         store is at its limit, and UserError if the store refuses this process.
         """
         retry = _RetryState(self._sleep)
@@ -116,7 +116,7 @@ class RetryingHttp:
                     if reply.status_code < 500:
                         return reply
                     if (reason := _no_room(reply)) is not None:
-                        raise StoreFull(reason)
+                        raise WithoutRoom(reason)
                     error, limit_s = _failure(reply), self._patience_s
                     of, address = _storage_outage(reply) or (of, address)
                 except httpx.TransportError as failure:
@@ -140,7 +140,7 @@ class RetryingHttp:
                 try:
                     raise_for_status(self.call(lambda http: http.get("/v1/quota", params={"bytes": size})), 200)
                     return
-                except StoreFull as error:
+                except WithoutRoom as error:
                     until = self._outages.now() + retry.remaining_s(ROOM_PATIENCE_S)
                     outage.record_failure(ROOM, self.url, str(error), until=until)
                     if not retry.pause(ROOM_PATIENCE_S):

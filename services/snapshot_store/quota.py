@@ -9,7 +9,7 @@ from palimpsest.common.text import count
 from palimpsest.common.versions import Version
 from palimpsest.services.snapshot_store.retention import removable
 
-NOBODY = {"": Version(1 << 60)}
+NO_HOLDER = {"": Version(1 << 60)}
 """Leases that hold no version. Without any lease nothing is removable."""
 NAMED = 3
 """Holders that the message of QuotaReached names."""
@@ -88,7 +88,7 @@ def holdings(
         return len(own), _bytes(manifests[version] for version in own)
 
     def left(leases: Mapping[str, Version], pinned: Collection[Version]) -> int:
-        gone = removable(manifests.keys(), leases or NOBODY, pinned=pinned, parents=parents)
+        gone = removable(manifests.keys(), leases or NO_HOLDER, pinned=pinned, parents=parents)
         return _bytes(manifest for version, manifest in manifests.items() if version not in gone)
 
     now, found = left(leases, pins.keys()), []

@@ -157,7 +157,7 @@ def test_without_the_check_of_epochs_the_old_writer_would_extend_the_chain(
 
 
 def test_a_lease_that_ends_while_a_reader_walks_serves_no_wrong_weights(tmp_path: Path) -> None:
-    """The reader's chain is removed under it; it says so, and reads the version that stays."""
+    """The reader's chain is removed under it: VersionMissing; then it reads the version that stays."""
     with store(tmp_path / "store", sweep_s=0.02) as url, SnapshotClient(url) as client:
         (writer := Writer(client)).begin()
         client.lease("learner", Version(0))
