@@ -103,8 +103,8 @@ class RetryingHttp:
         last break before which an attempt came further than all before it: a long upload that breaks is repeated. A
         full disk is no break: how far an attempt comes then depends on buffers.
 
-        Raises StoreUnavailable at the time limit, OSError if the disk of the store stays full, WithoutRoom at once if the
-        store is at its limit, and UserError if the store refuses this process.
+        Raises StoreUnavailable at the time limit, OSError if the disk of the store stays full, WithoutRoom at once if
+        the store is at its limit, and UserError if the store refuses this process.
         """
         retry = _RetryState(self._sleep)
         with self._outages.waiting() as outage:
