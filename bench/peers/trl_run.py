@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset  # type: ignore[import-not-found]
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer  # type: ignore[import-not-found]
 
 from palimpsest.common.environments.lookup import Lookup
 from palimpsest.common.environments.port import Score
@@ -84,7 +84,7 @@ class Rollouts:
         }
 
     @torch.no_grad()
-    def _turn(self, model: torch.nn.Module, live: list[SampledTask]) -> None:
+    def _turn(self, model: Any, live: list[SampledTask]) -> None:
         rows = [dialogue.prompt + dialogue.tokens for dialogue in live]
         width = max(map(len, rows))
         ids = torch.tensor([[self.pad] * (width - len(row)) + row for row in rows])
@@ -105,7 +105,7 @@ class Rollouts:
             dialogue.extend(tokens[:end], logprobs[:end], self.settings)
 
 
-class Report(TrainerCallback):
+class Report(TrainerCallback):  # type: ignore[misc]
     """Prints the line of a step."""
 
     def __init__(self, rollouts: Rollouts) -> None:
