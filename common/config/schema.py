@@ -151,11 +151,6 @@ class SnapshotStoreConfig(Service):
     """Maximum size of the weights in the store, in GiB. At the maximum the store removes what no lease and no pin
     holds; if that is not enough, the learner waits for room. Default: no maximum."""
 
-    @property
-    def max_bytes(self) -> int | None:
-        """`max_gib` in bytes."""
-        return None if self.max_gib is None else int(self.max_gib * 2**30)
-
     @model_validator(mode="after")
     def _s3_is_named(self) -> "SnapshotStoreConfig":
         if self.storage == "s3" and not self.endpoint:

@@ -31,7 +31,7 @@ def body(invocation: Invocation, stop: Stop) -> None:
         storage,
         sweep_s=section.sweep_s,
         claims_keep_s=keep_s,
-        max_bytes=section.max_bytes,
+        max_bytes=None if section.max_gib is None else int(section.max_gib * 2**30),
         compression=section.compression,
         access=access,
     )
