@@ -15,7 +15,6 @@ PROGRAMS = {
     "worlds": "what the solution and lazy policies earn in the customer-service worlds",
     "snapshots": "versions as deltas: bytes stored, time to encode, time to move a copy, memory",
     "rollout": "a rollout worker alone against the bare engine (AsyncLLM) on the same model, in one run",
-    "peers": "the embedded run beside TRL's GRPO on the same model, tasks and rewards",
     "routes": "cost of old log-probs by each route: seconds, bytes, pauses of workers",
 }
 

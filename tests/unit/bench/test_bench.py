@@ -52,7 +52,6 @@ def test_the_list_names_every_program() -> None:
         "ingest",
         "memory",
         "mismatch",
-        "peers",
         "rollout",
         "routes",
         "snapshots",
