@@ -13,6 +13,7 @@ PROGRAMS = {
     "tail": "lognormal tool times in virtual time: tokens lost and trajectories dropped, by the rule for batches",
     "gateway": "steps through the gateway beside a bare echo: latency, processor time, memory",
     "worlds": "what the solution and lazy policies earn in the customer-service worlds",
+    "learner": "a training step, replicated and sharded, beside a bare FSDP2 loop: tokens per second, memory, bytes",
     "snapshots": "versions as deltas: bytes stored, time to encode, time to move a copy, memory",
     "rollout": "a rollout worker alone against the bare engine (AsyncLLM) on the same model, in one run",
     "routes": "cost of old log-probs by each route: seconds, bytes, pauses of workers",

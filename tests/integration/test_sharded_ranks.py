@@ -4,17 +4,18 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.learner_parts.models import build
-from tests.processes.shard_on_ranks import CASES, ONE, THREE, UNTIED
+from tests.processes.shard_on_ranks import CASES, HYBRID, ONE, THREE, UNTIED
 from tests.processes.waiting import LIMIT_S
 from tests.runs.run_process import ROOT
 
 pytestmark = pytest.mark.servers
 
-FILES = (*CASES, "versions", "checkpoint")
+FILES = (*CASES, "versions", "checkpoint", "canaries")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
-    return {case: [torch.load(folder / f"{case} {rank}.pt") for rank in range(2)] for case in FILES}
+    return {case: [torch.load(folder / f"{case} {rank}.pt", weights_only=False) for rank in range(2)] for case in FILES}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -51,7 +52,7 @@ def test_gradients_and_steps_are_equal_up_to_the_order_of_sums(both: Any, case: 
         replicated, sharded = rank["replicated"], rank["sharded"]
         assert len(sharded["gradients"]) == len(replicated["gradients"]) == len(CASES[case])
         for own, expected in zip(sharded["gradients"][0], replicated["gradients"][0], strict=True):
-            if case in (ONE, UNTIED):
+            if case in (ONE, UNTIED, HYBRID):
                 assert torch.equal(own, expected)
             else:
                 # bf16 gradients of up to three micro-batches of two ranks, added in float32
@@ -60,6 +61,8 @@ def test_gradients_and_steps_are_equal_up_to_the_order_of_sums(both: Any, case: 
         for own, expected in zip(sharded["masters"], replicated["masters"], strict=True):
             assert torch.allclose(own, expected, rtol=1e-5, atol=1e-5)
         assert sharded["loss"] == pytest.approx(replicated["loss"], rel=1e-2, abs=1e-5)
+        if case in (ONE, UNTIED, HYBRID):
+            assert sharded["grad_norm"] == pytest.approx(replicated["grad_norm"], rel=1e-5)
         assert sharded["grad_norm"] == pytest.approx(replicated["grad_norm"], rel=1e-2)
 
 
@@ -105,3 +108,11 @@ def test_a_policy_continues_from_the_shards_of_a_checkpoint(both: Any) -> None:
         assert any(float(tensor.abs().max()) > 0 for name, tensor in rank["before"].items() if "exp_avg" in name)
         for name, tensor in rank["before"].items():
             assert torch.equal(rank["after"][name], tensor)
+
+
+def test_canaries_are_those_of_a_whole_model(both: Any) -> None:
+    for rank in both["canaries"]:
+        assert rank["sharded"] == rank["alone"]
+        assert rank["sharded"][0] != rank["sharded"][1]  # bf16 and float32
+        sharded, alone = rank["sampled"]
+        assert all(np.array_equal(own, expected) for own, expected in zip(sharded, alone, strict=True))

@@ -22,7 +22,7 @@ from palimpsest.services.learner.sharding.load import ModelFiles
 from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy
 from palimpsest.services.learner.training.results import StepResult, merge
 from tests.learner_parts.models import CurrentModel, train
-from tests.processes.sharded_versions import continued, walked
+from tests.processes.sharded_versions import canaries, continued, walked
 from tests.processes.train_on_ranks import CASES as UNEVEN, NOW, some_rows
 from tests.records.builders import a_learner
 
@@ -30,9 +30,10 @@ OPTIMIZER = OptimizerConfig(lr=1e-3, epsilon=1e-3, weight_decay=0.1, max_grad_no
 """epsilon is above the rounding of the gradients, so the step is a smooth function of them."""
 ONE = "one micro-batch on each rank"
 UNTIED = "one micro-batch, a model with an output head"
+HYBRID = "one micro-batch, each rank a node of its own"
 THREE = "three micro-batches on each rank"
 CASES = {ONE: [some_rows("i", [20, 20])], THREE: [some_rows("j", [35, 35, 33, 33, 31, 31])], **UNEVEN}
-CASES[UNTIED] = CASES[ONE]
+CASES[UNTIED] = CASES[HYBRID] = CASES[ONE]
 LEARNER = a_learner(micro_batch_tokens=40)
 
 
@@ -40,10 +41,13 @@ def main(tied: str, untied: str, folder: Path) -> None:
     """Save one file per case and rank. tied, untied: folders of models."""
     torch.set_num_threads(1)
     ranks = ProcessGroup(equal_passes=True)
-    mesh = init_device_mesh("cpu", (ranks.size,))
+    mesh, nodes = (
+        init_device_mesh("cpu", (ranks.size,)),
+        init_device_mesh("cpu", (ranks.size, 1), mesh_dim_names=("replica", "shard")),
+    )
     for case, minibatches in CASES.items():
         model = untied if case == UNTIED else tied
-        files = ModelFiles(model, "eager", mesh, ranks.device)
+        files = ModelFiles(model, "eager", nodes if case == HYBRID else mesh, ranks.device)
         replicated = TrainablePolicy(load_model(model, ranks.device, "eager"), OPTIMIZER)
         sharded = ShardedPolicy(files.build(holds=torch.float32, trains=True), OPTIMIZER, ranks)
         rows = [row for minibatch in minibatches for row in minibatch]
@@ -55,6 +59,8 @@ def main(tied: str, untied: str, folder: Path) -> None:
         torch.save(saved, folder / f"{case} {ranks.rank}.pt")
     files = ModelFiles(tied, "eager", mesh, ranks.device)
     torch.save(walked(files, ranks), folder / f"versions {ranks.rank}.pt")
+    model = load_model(tied, ranks.device, "eager")
+    torch.save(canaries(files, ranks, model, CASES[THREE][0]), folder / f"canaries {ranks.rank}.pt")
     torch.save(continued(files, ranks, folder / "checkpoint"), folder / f"checkpoint {ranks.rank}.pt")
     ranks.close()
 

@@ -16,14 +16,17 @@ from palimpsest.common.snapshots.frames import Hashed, RawTensor
 from palimpsest.common.snapshots.manifest import SCHEMA, Manifest, Parent, version_digest
 from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
+from palimpsest.services.learner.batch.batching import Row, pad
 from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.publishing.canaries import Canaries, sample
 from palimpsest.services.learner.sharding.load import COMPUTES, ModelFiles
-from palimpsest.services.learner.sharding.published_weights import gather_weights
+from palimpsest.services.learner.sharding.published_weights import gather_weights, sample_canaries, score_canaries
 from palimpsest.services.learner.sharding.shard_files import write_shards
 from palimpsest.services.learner.sharding.sharded_model import whole
 from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy
 from palimpsest.services.learner.sharding.shared_work import Shards
 from palimpsest.services.learner.sharding.versioned_shards import VersionedShards
+from tests.learner_parts.models import CPU
 
 DAMAGED, LOST = Version(3), Version(4)
 
@@ -112,3 +115,17 @@ def continued(files: ModelFiles, ranks: ProcessGroup, folder: Path) -> dict[str,
         after.restore({}, before.steps)
     after.share(ranks)
     return {"files": written, "before": state(before), "after": state(after), "steps": after.steps}
+
+
+def canaries(files: ModelFiles, ranks: ProcessGroup, model: torch.nn.Module, rows: list[Row]) -> dict[str, Any]:
+    """Log-probs of canaries and the model's samples, by all ranks and by `model`, which has the same weights."""
+    shards = Shards(
+        ShardedPolicy(files.build(holds=torch.float32, trains=True), OptimizerConfig(), ranks), files, ranks
+    )
+    alone = Canaries(model, ranks.device, trajectories=1, micro_batch_tokens=4096)
+    batches = [pad([row]) for row in rows[:3]]
+    return {
+        "sharded": [score_canaries(shards, batches, float32=float32) for float32 in (False, True)],
+        "alone": [alone._values(batches, float32=float32) for float32 in (False, True)],
+        "sampled": [[row.tokens for row in rows] for rows in (sample_canaries(shards), sample(model, device=CPU))],
+    }

@@ -39,7 +39,10 @@ from palimpsest.services.learner.checkpointing.manifest import (
 
 
 class ShardWriter(Protocol):
-    """Writes and reads the shards of a sharded policy, with all ranks."""
+    """Writes and reads the shards of a sharded policy, with all ranks.
+
+    Only the thread of the loop may call it: it gives orders to the other ranks.
+    """
 
     def write(self, folder: Path) -> dict[str, str]:
         """Write them to the folder of a checkpoint. Return file -> blake3, hex."""
