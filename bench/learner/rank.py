@@ -106,7 +106,8 @@ def _bare(path: str, batch: list[Row], ranks: ProcessGroup) -> Step:
     def step() -> None:
         for tokens in own:
             logits = model(input_ids=tokens, use_cache=False).logits[0, PROMPT - 1 : -1].float()
-            (torch.nn.functional.cross_entropy(logits, tokens[0, PROMPT:]) / len(own)).backward()
+            loss = torch.nn.functional.cross_entropy(logits, tokens[0, PROMPT:]) / len(own)
+            loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -114,11 +115,11 @@ def _bare(path: str, batch: list[Row], ranks: ProcessGroup) -> Step:
     return step
 
 
-class _Sent(TorchDispatchMode):
+class _Sent(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the bytes that this rank sends in collectives of torch.distributed."""
 
     def __init__(self, ranks: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         share = (ranks - 1) / ranks
         self._factors = {"_allgather_base_": ranks - 1.0, "_reduce_scatter_base_": share, "allreduce_": 2 * share}
         self.bytes = 0.0
