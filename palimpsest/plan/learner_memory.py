@@ -74,7 +74,7 @@ def _moments(
     chunk = ("learner.logprob_chunk_tokens",)
     logits = Cause("float32 logits of a GPU's larger blocks", _larger_blocks(rehearsed, shape) if gpu else 0, chunk)
     more = (logits,) if logits.size else ()
-    gathered = _gathered(rehearsed) if config.sharding != "none" else ()
+    gathered = _gathered_weights(rehearsed) if config.sharding != "none" else ()
     training = (
         Cause("activations kept for the backward pass", rehearsed.kept, kept_keys),
         Cause("other tensors of the passes", rehearsed.training - rehearsed.kept, (*chunk, *pass_keys)),
@@ -94,7 +94,7 @@ def _moments(
     ]
 
 
-def _gathered(rehearsed: Rehearsed) -> tuple[Cause, Cause]:
+def _gathered_weights(rehearsed: Rehearsed) -> tuple[Cause, Cause]:
     """What a rank gathers for its passes, and the float32 gradients that it sends to the other ranks."""
     model = rehearsed.model
     weights = BFLOAT16 * (model.outside + BLOCKS_GATHERED * model.largest_block)

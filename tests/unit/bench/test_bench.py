@@ -46,6 +46,7 @@ def test_the_list_names_every_program() -> None:
     done = subprocess.run([sys.executable, "-m", "bench"], cwd=ROOT, capture_output=True, text=True, check=True)
     names = {line.split()[0] for line in done.stdout.splitlines()[1:]}
     assert names == {
+        "learner",
         "loop",
         "bus",
         "gateway",
