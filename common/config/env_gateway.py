@@ -13,24 +13,37 @@ SESSION_LEASE_S = 600.0
 class AdapterConfig(Section):
     """One environment of another project (docs/adapters.md)."""
 
-    kind: Literal["mcp", "ors", "openenv", "gymnasium", "textarena", "skyrl_gym"]
+    kind: Literal["mcp", "ors", "openenv", "nemo_gym", "gymnasium", "textarena", "skyrl_gym", "tau2"]
     """Protocol or package."""
     url: str = ""
-    """Address of the server: ors, openenv, mcp."""
+    """Address of the server: ors, openenv, mcp, nemo_gym. Of the user's model: tau2."""
     command: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Program and arguments of a server process for each session: mcp."""
     id: str = ""
-    """Name of the environment at the server or in the package: ors, gymnasium, textarena, skyrl_gym."""
+    """Name of the environment at the server or in the package: ors, gymnasium, textarena, skyrl_gym, tau2."""
     split: str = "train"
-    """Split of the tasks: ors, skyrl_gym, mcp."""
+    """Split of the tasks: ors, skyrl_gym, mcp, nemo_gym, tau2."""
     tasks: str = ""
-    """File with the tasks (skyrl_gym), or `module:Class` of an environment that gets the tools (mcp)."""
+    """File with the tasks (skyrl_gym, nemo_gym), or `module:Class` of an environment that gets the tools (mcp)."""
     action_field: str = ""
     """Field of the action that takes the model's text, for an environment without tools: openenv."""
     reward_range: Annotated[tuple[float, float] | None, Field(strict=False)] = None
     """Lowest and highest sum of a session's rewards. It is mapped to [0, 1]. None: [0, 1]."""
     token_variable: str = ""
-    """Name of the environment variable with a bearer token for the server: ors, openenv."""
+    """Name of the environment variable with a bearer token for the server: ors, openenv. Of the user's model: tau2."""
+    checkout: str = ""
+    """Folder of the user's own checkout: tau2."""
+    user: Literal["", "none", "scripted", "model"] = ""
+    """Who the user of a dialogue is: tau2. `none`: the model works alone. `scripted`: without a model.
+    `model`: at `url`."""
+    user_model: str = ""
+    """Name of the user's model at its endpoint: tau2."""
+    user_calls: Positive = 64
+    """Maximum number of messages of the user's model in a session: tau2."""
+    user_limit_s: PositiveFloat = 60.0
+    """Time limit of a message of the user's model, in seconds: tau2."""
+    evaluation: Literal["all", "environment"] = "all"
+    """What is scored: tau2. `environment`: the database and its assertions alone."""
 
     @model_validator(mode="after")
     def _range_is_ordered(self) -> "AdapterConfig":

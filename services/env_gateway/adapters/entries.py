@@ -15,9 +15,11 @@ CLASSES: Mapping[str, str] = {
     "mcp": "mcp_tools:McpTools",
     "ors": "ors:OrsEnvironment",
     "openenv": "openenv_session:OpenEnvSession",
+    "nemo_gym": "nemo_gym_server:NemoGymServer",
     "gymnasium": "gymnasium_text:GymnasiumText",
     "textarena": "textarena_game:TextArenaGame",
     "skyrl_gym": "skyrl_gym_task:SkyRlGymTask",
+    "tau2": "tau2_task:Tau2Task",
 }
 """Kind -> module and class in this folder."""
 PACKAGES: Mapping[str, tuple[str, ...]] = {
@@ -26,6 +28,7 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     "gymnasium": ("gymnasium",),
     "textarena": ("textarena",),
     "skyrl_gym": ("skyrl_gym",),
+    "tau2": ("pandas", "deepdiff"),
 }
 """Kind -> modules that the fork server loads once for all sessions."""
 

@@ -1,0 +1,137 @@
+"""The two sides of a dialogue of tau2-bench: the model, whose messages come from outside, and the user.
+
+The scripted user tells its whole scenario at once. It answers each further text with the next of its own actions that
+the task expects, then with one confirmation, then it ends the dialogue. It is deterministic, and knows the task.
+"""
+
+import importlib
+import os
+from typing import Any
+
+from palimpsest.common.config.env_gateway import AdapterConfig
+from palimpsest.services.env_gateway.adapters.adapter import AdapterUnusable
+
+STOP = "###STOP###"
+START = "Solve the ticket with your tools. Call `done` at the end."
+CONFIRM = "Yes, please go ahead. I have nothing to add."
+
+
+def queued_agent(environment: Any, task: Any, *, solo: bool) -> Any:
+    """Return an agent of tau2-bench whose next message is put into it."""
+    base = importlib.import_module("tau2.agent.llm_agent")
+    messages = importlib.import_module("tau2.data_model.message")
+    tools = environment.get_tools()
+    if solo:
+        tools = tools + environment.get_user_tools()
+        official = base.LLMSoloAgent(tools=tools, domain_policy=environment.get_policy(), task=task, llm="none")
+    else:
+        official = base.LLMAgent(tools=tools, domain_policy=environment.get_policy(), llm="none")
+
+    class GymAgent(base.LLMAgent):  # type: ignore[misc, name-defined]
+        """The name is that of the one agent besides its own which tau2-bench permits in solo mode."""
+
+        def __init__(self) -> None:
+            super().__init__(tools=official.tools, domain_policy=official.domain_policy, llm="none")
+            self._next: Any = None
+
+        system_prompt = official.system_prompt
+
+        @property
+        def is_empty(self) -> bool:
+            return self._next is None
+
+        def put(self, *, text: str, calls: list[dict[str, Any]]) -> None:
+            if solo and any(call["name"] == "done" for call in calls):
+                text, calls = STOP, []
+            made = [messages.ToolCall(**call, requestor="assistant") for call in calls] or None
+            self._next = messages.AssistantMessage(role="assistant", content=text or None, tool_calls=made)
+
+        def generate_next_message(self, message: Any, state: Any) -> Any:
+            message, self._next = self._next, None
+            return message, state
+
+        def get_init_state(self, message_history: Any = None) -> Any:
+            return {}
+
+        @classmethod
+        def is_stop(cls, message: Any) -> bool:
+            """The model ends a task only in solo mode: in a dialogue the user does."""
+            return solo and message.content is not None and STOP in message.content
+
+        def set_seed(self, seed: int) -> None: ...
+
+    return GymAgent()
+
+
+def make(settings: AdapterConfig, environment: Any, task: Any) -> Any:
+    """Return the user that the settings name. Raises AdapterUnusable."""
+    module = importlib.import_module("tau2.user.user_simulator")
+    if settings.user == "none":
+        return module.DummyUser()
+    try:
+        tools = environment.get_user_tools(include=task.user_tools) or None
+    except ValueError:  # a domain whose user has no tools
+        tools = None
+    if settings.user == "scripted":
+        return _scripted(module, task, tools)
+    return _simulated(module, settings, task, tools)
+
+
+def _scripted(module: Any, task: Any, tools: Any) -> Any:
+    messages = importlib.import_module("tau2.data_model.message")
+    expected = task.evaluation_criteria.actions or [] if task.evaluation_criteria is not None else []
+    own = [action for action in expected if action.requestor == "user"]
+
+    class ScriptedUser(module.UserSimulator):  # type: ignore[misc]
+        """See the module."""
+
+        def __init__(self) -> None:
+            super().__init__(llm="none", instructions=str(task.user_scenario), tools=tools)
+            self._spoken = 0
+            self._actions = list(own)
+
+        def set_seed(self, seed: int) -> None: ...
+
+        def _generate_next_message(self, message: Any, state: Any) -> Any:
+            if getattr(message, "role", "") == "tool":
+                return messages.UserMessage(role="user", content=f"I did that. It says: {message.content}")
+            self._spoken += 1
+            if self._spoken == 1:
+                return messages.UserMessage(role="user", content=self.instructions)
+            if self._actions:
+                action = self._actions.pop(0)
+                made = messages.ToolCall(
+                    id=action.action_id, name=action.name, arguments=action.arguments, requestor="user"
+                )
+                self._spoken = 1
+                return messages.UserMessage(role="user", content=None, tool_calls=[made])
+            return messages.UserMessage(role="user", content=CONFIRM if self._spoken == 2 else STOP)
+
+    return ScriptedUser()
+
+
+def _simulated(module: Any, settings: AdapterConfig, task: Any, tools: Any) -> Any:
+    """Return tau2-bench's own simulator on an endpoint, with limits; the same model judges assertions."""
+    if not settings.url or not settings.user_model:
+        raise AdapterUnusable('user = "model" needs the keys `url` and `user_model`')
+    arguments = {
+        "api_base": settings.url,
+        "api_key": os.environ.get(settings.token_variable, "none") if settings.token_variable else "none",
+        "timeout": settings.user_limit_s,
+        "num_retries": 2,
+    }
+    model = f"openai/{settings.user_model}"
+    judge = importlib.import_module("tau2.evaluator.evaluator_nl_assertions")
+    vars(judge).update(
+        DEFAULT_LLM_NL_ASSERTIONS=model, DEFAULT_LLM_NL_ASSERTIONS_ARGS={"temperature": 0.0, **arguments}
+    )
+
+    class LimitedUser(module.UserSimulator):  # type: ignore[misc]
+        """The simulator, which ends the session with an error after too many messages."""
+
+        def _generate_next_message(self, message: Any, state: Any) -> Any:
+            if len(state.messages) > 2 * settings.user_calls:
+                raise RuntimeError(f"the simulated user has spoken {settings.user_calls} times, its limit")
+            return super()._generate_next_message(message, state)
+
+    return LimitedUser(llm=model, instructions=str(task.user_scenario), tools=tools, llm_args=arguments)
