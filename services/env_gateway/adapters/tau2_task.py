@@ -142,16 +142,16 @@ class Tau2Task(AdapterEnvironment):
         try:
             importlib.import_module("loguru").logger.disable("tau2")
             package = importlib.import_module("tau2")
+            if not Path(package.__file__ or "").is_relative_to(checkout):
+                raise AdapterUnusable(
+                    f"the module tau2 comes from {package.__file__}, not from {checkout}: uninstall the package `tau2` "
+                    f"of the Python registry, which is an unrelated one"
+                )
             self._registry = importlib.import_module("tau2.registry").registry
         except ModuleNotFoundError as error:
             raise AdapterUnusable(
                 f"{error}; install the requirements of the checkout where the gateway runs: pip install {checkout}"
             ) from None
-        if not Path(package.__file__ or "").is_relative_to(checkout):
-            raise AdapterUnusable(
-                f"the module tau2 comes from {package.__file__}, not from {checkout}: uninstall the package "
-                f"`tau2`, which is an unrelated one"
-            )
 
     def _tasks(self) -> Any:
         """Return the tasks. Raises AdapterUnusable if there are none, or if they need a judge that is missing."""

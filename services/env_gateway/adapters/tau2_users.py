@@ -1,11 +1,14 @@
 """The two sides of a dialogue of tau2-bench: the model, whose messages come from outside, and the user.
 
-The scripted user tells its whole scenario at once. It answers each further text with the next of its own actions that
-the task expects, then with one confirmation, then it ends the dialogue. It is deterministic, and knows the task.
+The scripted user tells its whole scenario at once. Of its own actions that the task expects, it takes the next one that
+the model's text names, in words or as its tools spell it. It answers any other text with one confirmation, the next
+such text with the end. It is deterministic. It takes no action unasked, because a task that expects actions of the
+user alone, as many of telecom do, would else pay a model that does nothing.
 """
 
 import importlib
 import os
+import re
 from typing import Any
 
 from palimpsest.common.config.env_gateway import AdapterConfig
@@ -77,6 +80,16 @@ def make(settings: AdapterConfig, environment: Any, task: Any) -> Any:
     return _simulated(module, settings, task, tools)
 
 
+def names(text: str, tool: str) -> bool:
+    """Return whether the text names this tool, as `toggle_data` or as "toggle data".
+
+    >>> names("Please toggle Data.", "toggle_data"), names("Please toggle data saver mode.", "toggle_wifi")
+    (True, False)
+    """
+    spaced = re.sub(r"[\W_]+", " ", f" {text} ").lower()
+    return f" {tool.replace('_', ' ').lower()} " in spaced
+
+
 def _scripted(module: Any, task: Any, tools: Any) -> Any:
     messages = importlib.import_module("tau2.data_model.message")
     expected = task.evaluation_criteria.actions or [] if task.evaluation_criteria is not None else []
@@ -88,6 +101,7 @@ def _scripted(module: Any, task: Any, tools: Any) -> Any:
         def __init__(self) -> None:
             super().__init__(llm="none", instructions=str(task.user_scenario), tools=tools)
             self._spoken = 0
+            """Texts since the beginning or the last action."""
             self._actions = list(own)
 
         def set_seed(self, seed: int) -> None: ...
@@ -98,8 +112,8 @@ def _scripted(module: Any, task: Any, tools: Any) -> Any:
             self._spoken += 1
             if self._spoken == 1:
                 return messages.UserMessage(role="user", content=self.instructions)
-            if self._actions:
-                action = self._actions.pop(0)
+            if action := next((one for one in self._actions if names(message.content or "", one.name)), None):
+                self._actions.remove(action)
                 made = messages.ToolCall(
                     id=action.action_id, name=action.name, arguments=action.arguments, requestor="user"
                 )
