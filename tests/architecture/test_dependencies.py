@@ -31,7 +31,7 @@ OUR_MODULES = {"palimpsest", "bench", "tools", "tests"}
 PART_OF_PYDANTIC = "pydantic_core"
 """Each release of pydantic requires exactly one version of it."""
 
-OF_OTHER_ENVIRONMENTS = {"openreward", "openenv", "fastmcp", "gymnasium", "mlflow"}
+OF_OTHER_ENVIRONMENTS = {"openreward", "openenv", "fastmcp", "gymnasium", "mlflow", "nemo_gym"}
 """Modules of tests/contract/adapters and tests/processes/track.py, whose programs run in environments of their own."""
 
 NUMERIC = {"torch", "transformers"}

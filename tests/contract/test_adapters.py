@@ -8,22 +8,26 @@ import json
 import random
 import re
 import sys
+import tomllib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import pytest_asyncio
 
-from palimpsest.common.config.env_gateway import AdapterConfig
+from palimpsest.common.config.env_gateway import AdapterConfig, EnvGatewayConfig
+from palimpsest.common.environments.authoring.row_order import row_of
 from palimpsest.common.environments.tool_calls import render
 from palimpsest.common.sessions.sessions import SessionLimits, Sessions
 from palimpsest.common.sessions.wire import CreateSession, Session, Status, Step, TakeStep, TextAction
 from palimpsest.common.user_error import UserError
 from palimpsest.services.env_gateway.adapters import entries
+from palimpsest.services.env_gateway.child_limits import child_limits
 from palimpsest.services.env_gateway.processes.pool import Pool
-from tests.servers.adapter_servers import McpServer, OpenEnvServer, OrsServer, library
+from tests.servers.adapter_servers import McpServer, NemoGymServer, OpenEnvServer, OrsServer, library, tau2_checkout
 
 HERE = Path(__file__).parent / "adapters"
 LIMITS = SessionLimits(max_sessions=64, lease_s=600.0, remember_s=60.0, result_bytes=65536)
@@ -34,8 +38,8 @@ class Subject:
     """An adapter with its server, and a policy that solves its tasks."""
 
     config: AdapterConfig
-    solution: Callable[[str], list[str]]
-    """The first message's text -> the model's messages."""
+    solution: Callable[[str, int], list[str]]
+    """The opening's last text, and the seed -> the model's messages."""
     kill: Callable[[], None] | None = None
     """Kills the server."""
     open_sessions: Callable[[], int] = lambda: 0
@@ -51,7 +55,7 @@ def number(text: str) -> int:
     return int(re.findall(r"\d+", text)[-1])
 
 
-def sums(opening: str) -> list[str]:
+def sums(opening: str, _seed: int) -> list[str]:
     add = [render("add", {"number": 1})] * number(opening)
     return [*add, render("submit", {})]
 
@@ -62,7 +66,7 @@ def mcp(folder: Path) -> Iterator[Subject]:
     config = AdapterConfig(kind="mcp", command=(sys.executable, str(HERE / "sums_mcp.py")), tasks="sums_tasks:Sums")
     yield Subject(
         config,
-        lambda text: [*[render("add", {"number": 1})] * number(text), "done"],
+        lambda text, _: [*[render("add", {"number": 1})] * number(text), "done"],
         server.kill,
         server.count,
         seeds=range(4, 5),
@@ -82,16 +86,48 @@ def openenv(folder: Path) -> Iterator[Subject]:
 
 
 @contextmanager
+def nemo_gym(folder: Path) -> Iterator[Subject]:
+    schema = {"type": "object", "properties": {"number": {"type": "integer"}}}
+    tool = {"type": "function", "name": "add", "description": "", "parameters": schema, "strict": False}
+    asked = [{"input": [{"role": "user", "content": f"Reach {n}."}], "tools": [tool]} for n in range(2, 10)]
+    rows = [{"responses_create_params": one, "number": number(one["input"][0]["content"])} for one in asked]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with NemoGymServer(folder) as server:
+        config = AdapterConfig(kind="nemo_gym", url=server.url, tasks=str(folder / "rows.jsonl"))
+        yield Subject(config, lambda text, seed: [*sums(text, seed)[:-1], "done"], server.kill, server.count)
+
+
+@contextmanager
+def tau2(user: Literal["none", "scripted"]) -> Iterator[Subject]:
+    """The tasks of telecom that have data in the checkout, solved by the actions that they expect."""
+    checkout = tau2_checkout()
+    tasks = json.loads((checkout / "data/tau2/domains/telecom/tasks_small.json").read_text())
+    needs = tomllib.loads((checkout / "pyproject.toml").read_text())["project"]["dependencies"]
+
+    def solution(_: str, seed: int) -> list[str]:
+        task = tasks[row_of(seed, len(tasks), 0)]
+        return [*(message_of(action) for action in task["evaluation_criteria"]["actions"]), *ending]
+
+    def message_of(action: dict[str, Any]) -> str:
+        alone = user == "none" or action["requestor"] == "assistant"
+        return render(action["name"], action["arguments"]) if alone else f"Please use {action['name']}."
+
+    ending = [render("done", {})] if user == "none" else ["Is that all?", "Goodbye."]
+    config = AdapterConfig(kind="tau2", checkout=str(checkout), id="telecom", split="small", user=user)
+    yield Subject(config, solution, path=[str(library("tau2-bench-1.0.1", *needs))], seeds=range(4, 8))
+
+
+@contextmanager
 def gymnasium(folder: Path) -> Iterator[Subject]:
     config = AdapterConfig(kind="gymnasium", id="sums_gymnasium:Sums-v0", reward_range=(-1.0, 1.0))
-    yield Subject(config, lambda text: ["add"] * number(text) + ["submit"], path=[str(library("gymnasium==1.4.0"))])
+    yield Subject(config, lambda text, _: ["add"] * number(text) + ["submit"], path=[str(library("gymnasium==1.4.0"))])
 
 
 @contextmanager
 def textarena(folder: Path) -> Iterator[Subject]:
     config = AdapterConfig(kind="textarena", id="GuessTheNumber-v0-raw", reward_range=(-1.0, 1.0))
     yield Subject(
-        config, lambda _: [f"[{n}]" for n in range(1, 21)], solves=False, path=[str(library("textarena==0.7.4"))]
+        config, lambda *_: [f"[{n}]" for n in range(1, 21)], solves=False, path=[str(library("textarena==0.7.4"))]
     )
 
 
@@ -100,7 +136,7 @@ def skyrl_gym(folder: Path) -> Iterator[Subject]:
     rows = [{"prompt": f"What is {n} + 1?", "reward_spec": {"ground_truth": str(n + 1)}} for n in range(8)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = AdapterConfig(kind="skyrl_gym", id="gsm8k", tasks=str(folder / "rows.jsonl"))
-    solution = lambda text: [f"It is #### {int(re.findall(r'[0-9]+', text)[0]) + 1}"]  # noqa: E731
+    solution = lambda text, _: [f"It is #### {int(re.findall(r'[0-9]+', text)[0]) + 1}"]  # noqa: E731
     yield Subject(config, solution, path=[str(library("skyrl-gym==0.4.0"))])
 
 
@@ -110,7 +146,11 @@ SUBJECTS = (
     pytest.param(mcp, id="mcp", marks=pytest.mark.servers),
     *(
         pytest.param(one, id=one.__name__, marks=pytest.mark.long)
-        for one in (ors, openenv, gymnasium, textarena, skyrl_gym)
+        for one in (ors, openenv, nemo_gym, gymnasium, textarena, skyrl_gym)
+    ),
+    *(
+        pytest.param(lambda _, user=user: tau2(user), id=f"tau2-{user}", marks=pytest.mark.long)
+        for user in ("none", "scripted")
     ),
 )
 
@@ -127,7 +167,8 @@ async def sessions(subject: Subject) -> AsyncIterator[Sessions]:
     adapters = {"it": subject.config}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(HERE), *sys.path, *subject.path])
-        pool = Pool(limit=16, wait_s=60.0, call_limit_s=60.0, modules=entries.modules(adapters))
+        limits, _ = child_limits(EnvGatewayConfig(adapters=adapters))
+        pool = Pool(limit=16, wait_s=60.0, call_limit_s=60.0, modules=entries.modules(adapters), limits=limits)
         yield Sessions(entries.entries(pool, entries.specs(adapters, taken=())), LIMITS)
         await pool.close()
 
@@ -146,7 +187,7 @@ async def play(sessions: Sessions, subject: Subject, seed: int, lost: random.Ran
     """Solve the task. lost: a third of the replies are lost and the steps repeated."""
     session = await begin(sessions, seed)
     steps: list[Step] = []
-    for at, text in enumerate(subject.solution(session.messages[-1].content)):
+    for at, text in enumerate(subject.solution(session.messages[-1].content, seed)):
         steps.append(await take(sessions, session, at, text))
         while lost is not None and lost.random() < 1 / 3:
             assert await take(sessions, session, at, text) == steps[-1]
@@ -194,7 +235,7 @@ async def test_a_dead_server_gives_no_reward(sessions: Sessions, subject: Subjec
         return
     session = await begin(sessions, 1)
     await asyncio.to_thread(subject.kill)
-    ended = await take(sessions, session, 0, subject.solution(session.messages[-1].content)[0])
+    ended = await take(sessions, session, 0, subject.solution(session.messages[-1].content, 1)[0])
     assert (ended.status, ended.reward) == (Status.ERROR, None)
     assert ended.error is not None
     assert ended.error.code == "environment_raised"
@@ -207,6 +248,8 @@ CONFIGS = (
     ({"kind": "mcp", "tasks": "nowhere:Sums", "command": ("false",)}, "`tasks` nowhere:Sums cannot be imported"),
     ({"kind": "ors", "url": "http://127.0.0.1:9"}, "http://127.0.0.1:9 cannot be reached"),
     ({"kind": "openenv", "url": "http://127.0.0.1:9"}, "ws://127.0.0.1:9/ws cannot be reached"),
+    ({"kind": "nemo_gym", "url": "http://127.0.0.1:9"}, "kind 'nemo_gym' needs the key `tasks`"),
+    ({"kind": "tau2", "id": "retail", "user": "none"}, "kind 'tau2' needs the key `checkout`"),
     ({"kind": "gymnasium", "id": "A-v0"}, r"No module named 'gymnasium'; install palimpsest\[gymnasium\]"),
     ({"kind": "textarena", "id": "A-v0"}, r"No module named 'textarena'; install palimpsest\[textarena\]"),
     ({"kind": "skyrl_gym", "id": "a", "tasks": "b"}, r"No module named 'skyrl_gym'; install palimpsest\[skyrl-gym\]"),

@@ -1,6 +1,7 @@
 """Servers of other projects for the tests of the adapters, each in an environment of its own in the cache."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from typing import Self
 
 import httpx
 import psutil
+import pytest
 
 from tests.processes.waiting import LIMIT_S
 from tests.unit.env_gateway.running import free_port
@@ -19,26 +21,39 @@ PROGRAMS = Path(__file__).parents[1] / "contract" / "adapters"
 UV = str(Path(sys.executable).with_name("uv"))
 
 
-def library(requirement: str) -> Path:
-    """Return a folder for sys.path with this package and what it needs."""
+def library(requirement: str, *others: str) -> Path:
+    """Return a folder for sys.path with this package and what it needs, or with `others` if they are given."""
 
     def install(folder: Path) -> None:
-        subprocess.run([UV, "pip", "install", "--quiet", "--target", str(folder), requirement], check=True)
+        packages = others or (requirement,)
+        subprocess.run([UV, "pip", "install", "--quiet", "--target", str(folder), *packages], check=True)
 
     version = f"{sys.version_info.major}{sys.version_info.minor}"
     return cache.made(f"library-{version}-{requirement.replace('==', '-')}", install, print)
 
 
-def interpreter(requirement: str) -> Path:
-    """Return the Python of an environment with this package."""
+def interpreter(requirement: str, *, least: tuple[int, int] = (3, 11)) -> Path:
+    """Return the Python of an environment with this package. least: version of Python that the package needs."""
+    base = _python(least)
 
     def install(folder: Path) -> None:
-        subprocess.run([UV, "venv", "--quiet", "--clear", "--relocatable", str(folder)], check=True)
+        subprocess.run([UV, "venv", "--quiet", "--clear", "--relocatable", "--python", base, str(folder)], check=True)
         python = str(folder / "bin" / "python")
         subprocess.run([UV, "pip", "install", "--quiet", "--python", python, requirement], check=True)
 
-    version = f"{sys.version_info.major}{sys.version_info.minor}"
+    version = f"{sys.version_info.major}{max(sys.version_info.minor, least[1])}"
     return cache.made(f"environment-{version}-{requirement.replace('==', '-')}", install, print) / "bin" / "python"
+
+
+def _python(least: tuple[int, int]) -> str:
+    """Return a Python of at least this version. Skips the test if the machine has none."""
+    named = [shutil.which(f"python3.{minor}") for minor in range(least[1], least[1] + 3)]
+    beside = Path(sys.base_prefix).parent.glob("3.*/bin/python")  # as pyenv keeps several
+    for python in (sys.executable, *filter(None, named), *map(str, sorted(beside))):
+        test = f"import sys; sys.exit(not {least} <= sys.version_info[:2] <= (3, 13))"
+        if subprocess.run([python, "-c", test], capture_output=True, check=False).returncode == 0:
+            return python
+    pytest.skip(f"not run: this machine has no Python {least[0]}.{least[1]} or 3.13")
 
 
 class McpServer:
@@ -66,6 +81,7 @@ class ProgramServer:
     """A program of tests/contract/adapters that answers /sums/sessions_count."""
 
     requirement = program = ""
+    least = (3, 11)
 
     def __init__(self, folder: Path) -> None:
         self._log = folder / "server.log"
@@ -73,7 +89,7 @@ class ProgramServer:
     def __enter__(self) -> Self:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        command = [str(interpreter(self.requirement)), str(PROGRAMS / self.program), str(port)]
+        command = [str(interpreter(self.requirement, least=self.least)), str(PROGRAMS / self.program), str(port)]
         environment = {**os.environ, "OPENREWARD_DISABLE_UPDATE_CHECK": "1"}
         with self._log.open("w") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -112,6 +128,26 @@ class OpenEnvServer(ProgramServer):
     """A server of OpenEnv."""
 
     requirement, program = "openenv==0.10.0", "sums_openenv.py"
+
+
+class NemoGymServer(ProgramServer):
+    """A resources server of NeMo Gym. It has no request that ends a session, so it holds none that should end."""
+
+    requirement, program, least = "nemo-gym==0.4.0", "sums_nemo_gym.py", (3, 12)
+
+    def count(self) -> int:
+        """Return 0 when the server answers."""
+        httpx.get(f"{self.url}/openapi.json").raise_for_status()
+        return 0
+
+
+def tau2_checkout() -> Path:
+    """Return the checkout of tau2-bench in the cache. Skips the test if there is none, because it is not published."""
+    folder = cache.folder() / "tau2-bench"
+    needed = [folder / "data" / "tau2" / "domains" / "telecom" / "tasks_small.json", folder / "pyproject.toml"]
+    if missing := [str(path) for path in needed if not path.is_file()]:
+        pytest.skip(f"not run: there is no {missing[0]}; clone sierra-research/tau2-bench to {folder}")
+    return folder
 
 
 def _command(process: psutil.Process) -> list[str]:
