@@ -28,7 +28,7 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     "gymnasium": ("gymnasium",),
     "textarena": ("textarena",),
     "skyrl_gym": ("skyrl_gym",),
-    "tau2": ("pandas", "deepdiff"),
+    "tau2": (f"{FOLDER}.tau2_imports",),
 }
 """Kind -> modules that the fork server loads once for all sessions."""
 

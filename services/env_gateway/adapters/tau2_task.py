@@ -135,9 +135,7 @@ class Tau2Task(AdapterEnvironment):
                 f"`tau2` of the Python registry is an unrelated one; clone sierra-research/tau2-bench instead"
             )
         os.environ.setdefault("TAU2_DATA_DIR", str(checkout / "data"))
-        os.environ.setdefault(
-            "LITELLM_LOCAL_MODEL_COST_MAP", "True"
-        )  # otherwise its import asks the network for prices
+        importlib.import_module("palimpsest.services.env_gateway.adapters.tau2_imports")
         sys.path.insert(0, str(checkout / "src"))
         try:
             importlib.import_module("loguru").logger.disable("tau2")
