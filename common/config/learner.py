@@ -167,7 +167,6 @@ class LearnerConfig(Service):
             (self.proximal.kind in AVERAGES, f'proximal.kind = "{self.proximal.kind}" averages whole models'),
             (self.advantages.kind == "gae", 'advantages.kind = "gae" trains a whole critic'),
             (self.vcpo.baseline, "vcpo.baseline takes the gradient of each trajectory"),
-            (self.activation_checkpointing, "activation_checkpointing is not tried with shards"),
         )
         if reasons := [reason for applies, reason in unsupported if applies]:
             raise ValueError(

@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from palimpsest.common.config import RunConfig, load
+from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.config.schema import VllmEngineConfig
 from palimpsest.common.trajectory_limit import with_limit
 from palimpsest.common.user_error import UserError
@@ -94,18 +97,30 @@ def _learner(config: RunConfig, shape: PassShape) -> tuple[Memory, ModelSize]:
 def _remedies(config: RunConfig, longest: int) -> list[tuple[tuple[str, ...], int]]:
     """Try the keys that cost least, one after the other, and return each combination with its peak."""
     changes: list[tuple[str, dict[str, Any]]] = []
-    sharded = config.learner.sharding != "none"
-    if not sharded and not config.learner.activation_checkpointing:
+    if not config.learner.activation_checkpointing:
         changes.append(("learner.activation_checkpointing = true", {"activation_checkpointing": True}))
     if longest < config.learner.micro_batch_tokens:
         changes.append((f"learner.micro_batch_tokens = {longest}", {"micro_batch_tokens": longest}))
+    if config.learner.sharding == "none" and config.local.learner_ranks > 1:
+        changes.append(('learner.sharding = "full"', {"sharding": "full"}))
     tried, found = [], []
     for name, change in changes:
-        config = config.model_copy(update={"learner": config.learner.model_copy(update=change)})
+        if (changed := _changed(config, change)) is None:
+            continue
+        config = changed
         tried.append(name)
         shape = pass_shape(config.learner, longest, config.model.attention)
         found.append((tuple(tried), _learner(config, shape)[0].peak))
     return found
+
+
+def _changed(config: RunConfig, change: Mapping[str, Any]) -> RunConfig | None:
+    """Return the run with other keys of the learner; None if they do not fit its other keys."""
+    try:
+        learner = LearnerConfig.model_validate({**config.learner.model_dump(), **change})
+    except ValidationError:
+        return None
+    return config.model_copy(update={"learner": learner})
 
 
 def _text_config(path: str) -> Mapping[str, Any]:

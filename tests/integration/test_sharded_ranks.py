@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.learner_parts.models import build
-from tests.processes.shard_on_ranks import CASES, HYBRID, ONE, THREE, UNTIED
+from tests.processes.shard_on_ranks import AGAIN, CASES, HYBRID, ONE, THREE, UNTIED
 from tests.processes.waiting import LIMIT_S
 from tests.runs.run_process import ROOT
 
@@ -52,7 +52,7 @@ def test_gradients_and_steps_are_equal_up_to_the_order_of_sums(both: Any, case: 
         replicated, sharded = rank["replicated"], rank["sharded"]
         assert len(sharded["gradients"]) == len(replicated["gradients"]) == len(CASES[case])
         for own, expected in zip(sharded["gradients"][0], replicated["gradients"][0], strict=True):
-            if case in (ONE, UNTIED, HYBRID):
+            if case in (ONE, UNTIED, HYBRID, AGAIN):
                 assert torch.equal(own, expected)
             else:
                 # bf16 gradients of up to three micro-batches of two ranks, added in float32
@@ -61,7 +61,7 @@ def test_gradients_and_steps_are_equal_up_to_the_order_of_sums(both: Any, case: 
         for own, expected in zip(sharded["masters"], replicated["masters"], strict=True):
             assert torch.allclose(own, expected, rtol=1e-5, atol=1e-5)
         assert sharded["loss"] == pytest.approx(replicated["loss"], rel=1e-2, abs=1e-5)
-        if case in (ONE, UNTIED, HYBRID):
+        if case in (ONE, UNTIED, HYBRID, AGAIN):
             assert sharded["grad_norm"] == pytest.approx(replicated["grad_norm"], rel=1e-5)
         assert sharded["grad_norm"] == pytest.approx(replicated["grad_norm"], rel=1e-2)
 
@@ -71,6 +71,12 @@ def test_each_row_is_trained_on_once_and_no_empty_pass_is_reported(both: Any, ca
     expected = sorted(row.trajectory for minibatch in CASES[case] for row in minibatch)
     for rank in both[case]:
         assert rank["sharded"]["trained"] == rank["replicated"]["trained"] == expected
+
+
+def test_checkpointed_layers_are_computed_again_in_the_backward_pass(both: Any) -> None:
+    for usual, again in zip(both[ONE], both[AGAIN], strict=True):
+        for name in ("replicated", "sharded"):
+            assert again[name]["calls"] == usual[name]["calls"] + 1
 
 
 def test_all_ranks_end_with_the_same_weights_and_each_holds_half_of_them(both: Any) -> None:

@@ -14,7 +14,7 @@ from palimpsest.common.arrays import Float32Array
 from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.services.learner.batch.batching import PaddedBatch, Row, micro_batches, pad
 from palimpsest.services.learner.distributed import ProcessGroup
-from palimpsest.services.learner.model.policy import load_model
+from palimpsest.services.learner.model.policy import checkpoint_activations, load_model
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.old_logprobs.distributed_scorer import DistributedScorer, model_scorer, serve_scoring
 from palimpsest.services.learner.old_logprobs.passes import BatchScores
@@ -31,9 +31,10 @@ OPTIMIZER = OptimizerConfig(lr=1e-3, epsilon=1e-3, weight_decay=0.1, max_grad_no
 ONE = "one micro-batch on each rank"
 UNTIED = "one micro-batch, a model with an output head"
 HYBRID = "one micro-batch, each rank a node of its own"
+AGAIN = "one micro-batch, each layer computed again in the backward pass"
 THREE = "three micro-batches on each rank"
 CASES = {ONE: [some_rows("i", [20, 20])], THREE: [some_rows("j", [35, 35, 33, 33, 31, 31])], **UNEVEN}
-CASES[UNTIED] = CASES[HYBRID] = CASES[ONE]
+CASES[UNTIED] = CASES[HYBRID] = CASES[AGAIN] = CASES[ONE]
 LEARNER = a_learner(micro_batch_tokens=40)
 
 
@@ -50,10 +51,15 @@ def main(tied: str, untied: str, folder: Path) -> None:
         files = ModelFiles(model, "eager", nodes if case == HYBRID else mesh, ranks.device)
         replicated = TrainablePolicy(load_model(model, ranks.device, "eager"), OPTIMIZER)
         sharded = ShardedPolicy(files.build(holds=torch.float32, trains=True), OPTIMIZER, ranks)
+        if case == AGAIN:
+            checkpoint_activations(replicated.model)
+            sharded.model(checkpoint_activations)
         rows = [row for minibatch in minibatches for row in minibatch]
+        calls = {name: passes_of(policy.model) for name, policy in (("replicated", replicated), ("sharded", sharded))}
         saved = {
             name: {"scores": scores(policy.model, rows, ranks), "own": own_scores(policy.model, rows, ranks)}
             | results(policy, minibatches, ranks)
+            | {"calls": len(calls[name])}
             for name, policy in {"replicated": replicated, "sharded": sharded}.items()
         }
         torch.save(saved, folder / f"{case} {ranks.rank}.pt")
@@ -63,6 +69,14 @@ def main(tied: str, untied: str, folder: Path) -> None:
     torch.save(canaries(files, ranks, model, CASES[THREE][0]), folder / f"canaries {ranks.rank}.pt")
     torch.save(continued(files, ranks, folder / "checkpoint"), folder / f"checkpoint {ranks.rank}.pt")
     ranks.close()
+
+
+def passes_of(model: torch.nn.Module) -> list[int]:
+    """Return a list that grows with each forward pass of the first MLP."""
+    calls: list[int] = []
+    mlp = next(module for name, module in model.named_modules() if name.endswith(".mlp"))
+    mlp.register_forward_hook(lambda *_: calls.append(1))
+    return calls
 
 
 def results(policy: TrainablePolicy, minibatches: list[list[Row]], ranks: ProcessGroup) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.model.policy import checkpoint_activations
 from palimpsest.services.learner.sharding.load import ModelFiles
 from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy
 from palimpsest.services.learner.sharding.shared_work import Shards
@@ -24,6 +25,8 @@ def build_shards(config: RunConfig, ranks: ProcessGroup) -> Shards:
         logprob_chunk_tokens=learner.logprob_chunk_tokens,
     )
     model = files.build(holds=torch.float32, trains=True)
+    if learner.activation_checkpointing:
+        model(checkpoint_activations)  # inside the root's call its passes can read all weights
     return Shards(ShardedPolicy(model, learner.optimizer, ranks), files, ranks)
 
 

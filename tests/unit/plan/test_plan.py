@@ -168,6 +168,14 @@ def test_a_learner_that_does_not_fit_names_the_keys_and_what_they_bring(run_file
     assert "The run fits." not in text
 
 
+def test_shards_are_a_remedy_for_several_ranks_unless_the_run_needs_whole_models(run_file: Path) -> None:
+    words = [str(run_file), "--gpus=8x1.001", "--local.learner_ranks=2"]
+    text, _ = run_command(words)
+    assert 'micro_batch_tokens = 64 and learner.sharding = "full": peak' in text
+    text, _ = run_command([*words, "--learner.proximal.kind=ewma_prox"])
+    assert "learner.sharding" not in text
+
+
 def test_too_few_gpus_are_said(run_file: Path) -> None:
     keys = (
         "--local.learner_ranks=4",
