@@ -75,7 +75,7 @@ def passes_of(model: torch.nn.Module) -> list[int]:
     """Return a list that grows with each forward pass of the first MLP."""
     calls: list[int] = []
     mlp = next(module for name, module in model.named_modules() if name.endswith(".mlp"))
-    mlp.register_forward_hook(lambda *_: calls.append(1))
+    mlp.register_forward_pre_hook(lambda *_: calls.append(1))  # a repeated forward pass may end inside the MLP
     return calls
 
 
