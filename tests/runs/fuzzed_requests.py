@@ -51,21 +51,22 @@ class Requests:
     """Operation that is not sent -> what this role could do to the run with it."""
 
 
-DRAIN = frozenset({"POST /v1/actions/drain"})
+DRAIN, SETTINGS = frozenset({"POST /v1/actions/drain"}), frozenset({"PATCH /v1/settings"})
 COMMIT = "/v1/checkpoints/{version}/{writer}"
 ALL = (
     Requests(
         "learner",
         Role.OPERATE,
-        forbidden=frozenset({"PATCH /v1/settings"}),
+        forbidden=SETTINGS,
         left_out={"POST /v1/actions/stop": "end it", "POST /v1/actions/pause": "hold it until a person resumes it"},
     ),
     Requests("worker-0", Role.VIEW, forbidden=DRAIN),
     Requests("replica-0", Role.VIEW),
-    Requests("env_gateway", Role.SERVICE, forbidden=DRAIN),
+    Requests("env_gateway", Role.SERVICE, forbidden=DRAIN | SETTINGS),
     Requests(
         "snapshot_store",
         Role.SERVICE,
+        forbidden=SETTINGS,
         left_out={
             "POST /v1/writers": "replace its learner",
             f"PUT {COMMIT}": "accept a checkpoint in the name of its learner, whose number is small",
