@@ -73,12 +73,17 @@ def records(kind: str, kafka: Kafka, topic: str) -> list[Any]:
         return [decode(topic, record.body) for record in read_existing(bus, topic)]
 
 
+def reads_from_an_offset(home: Path) -> bool:
+    """Whether a restart from the newest checkpoint leaves out scores of groups that are closed."""
+    return any(newest_manifest(home)["score_offsets"].values())
+
+
 def check(home: Path, model: Path, scores: list[Any], *, versions: int) -> None:
     """Every trajectory is accounted for, and every trained token has one old log-prob, from its own weights."""
     check_whole_groups(check_ledger(home), groups=versions * 4, samples=4)
     lines = history(home)
     assert len(lines) == versions
-    assert any(newest_manifest(home)["score_offsets"].values()), "without offsets a restart would read all scores again"
+    assert reads_from_an_offset(home), "without offsets a restart would read all scores again"
     for line in lines:
         assert (line["exact"], line["all"]["missing"]) == (True, 0)
     assert several_versions(home)
@@ -108,6 +113,8 @@ def test_replicas_score_every_trained_token(
         wait_for(lambda: len(history(home)) >= 1, run, name="the first version")
         fuzzed_requests.fuzz(run, home, tmp_path)
         wait_for(lambda: several_versions(home), run, name="a trajectory of several versions")
+        # A held trajectory keeps its group open, and a restart reads from the scores of the oldest open group.
+        wait_for(lambda: reads_from_an_offset(home), run, name="an offset of the scores")
         versions = end_after_two_versions(run, home)
         finish(run, home)
     finally:
@@ -135,6 +142,8 @@ def test_scores_survive_a_learner_that_dies_after_a_cut(
         wait_for(marker.exists, run, name="the death of the learner")
         wait_for(lambda: several_versions(home), run, name="a trajectory of several versions")
         wait_for(lambda: len(cuts()) > 1, run, name="a second cut that flushes")
+        # A held trajectory keeps its group open, and a restart reads from the scores of the oldest open group.
+        wait_for(lambda: reads_from_an_offset(home), run, name="an offset of the scores")
         versions = end_after_two_versions(run, home)
         finish(run, home)
     finally:
