@@ -142,6 +142,8 @@ def _options(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
             given["json"] = ""
         else:
             rest.append(word)
-    if "gpus" not in given or not rest:
+    if not arguments:
         raise UserError(USAGE)
+    if "gpus" not in given or not rest or rest[0].startswith("-"):
+        raise UserError(f"{PROGRAM} {' '.join(arguments)}: RUN.toml and --gpus are needed\n{USAGE}")
     return given, rest

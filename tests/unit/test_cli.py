@@ -41,6 +41,7 @@ def test_an_unknown_flag_is_named(name: str) -> None:
         "check": ["examples/embedded.toml"],
         "audit": ["examples/embedded.toml"],
         "acls": ["examples/embedded.toml"],
+        "plan": ["examples/embedded.toml", "--gpus=1x80"],
     }
     words |= {
         "dead-letters": ["list", "examples/embedded.toml"],
