@@ -8,8 +8,6 @@ from palimpsest.common.messages import (
     OLD_LOGPROBS,
     TASKS,
     GroupOffered,
-    Undecodable,
-    decode,
     encode,
     group_id,
 )
@@ -19,8 +17,9 @@ from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.ingest.offers import OfferSettings, check_own
+from palimpsest.services.learner.ingest.read_offers import read_offers
 from palimpsest.services.learner.ingest.resume import no_records_skipped
-from palimpsest.services.learner.ingest.trajectory_reader import POLL_RECORDS, ReceivedTrajectory
+from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
 from palimpsest.services.learner.ingest.watermarks import ScoreWatermarks
 
 
@@ -103,19 +102,8 @@ class TaskPublisher:
 
     def _adopt(self, task_offsets: Mapping[int, int], now: float) -> None:
         """Enter the groups that were offered after the checkpoint into the ledger, in their order."""
-        offered: set[int] = set()
-        with self._bus.consumer(TASKS) as consumer:
-            consumer.seek(task_offsets)
-            ends = consumer.ends()
-            while any(consumer.positions()[partition] < end for partition, end in ends.items()):
-                for record in consumer.poll(limit=POLL_RECORDS, timeout_s=1.0):
-                    try:
-                        offer: GroupOffered = decode(TASKS, record.body)
-                    except Undecodable:
-                        continue  # the worker that reads it dead-letters it
-                    if offer.run == self._run and not offer.evaluation and self._is_ours(offer):
-                        offered.add(offer.index)
-        self._task_ends = dict(ends)
+        offers, self._task_ends = read_offers(self._bus, self._run, task_offsets)
+        offered = {offer.index for offer in offers if not offer.evaluation and self._is_ours(offer)}
         while self._ledger.next_index in offered:
             group = group_id(self._ledger.next_index)
             self._ledger.offer(now=now)
