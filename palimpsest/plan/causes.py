@@ -5,6 +5,11 @@ from dataclasses import dataclass
 GIB = 2**30
 
 
+def gib(size: int) -> str:
+    """Return bytes as text in GiB."""
+    return f"{size / GIB:,.2f}"
+
+
 @dataclass(frozen=True, slots=True)
 class Cause:
     """What needs memory."""

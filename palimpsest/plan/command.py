@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,9 +14,10 @@ from palimpsest.common.trajectory_limit import with_limit
 from palimpsest.common.user_error import UserError
 from palimpsest.plan import text
 from palimpsest.plan.causes import Memory
-from palimpsest.plan.engine_memory import EngineMemory, engine_memory
-from palimpsest.plan.gpus import Gpus, Needed, needed, parse
+from palimpsest.plan.engine_memory import engine_memory
+from palimpsest.plan.gpus import Gpus, needed, parse
 from palimpsest.plan.learner_memory import learner_memory, pass_shape
+from palimpsest.plan.plan import Plan
 from palimpsest.plan.rehearsal import ModelSize, PassShape, rehearse
 
 PROGRAM = "palimpsest plan"
@@ -31,28 +31,6 @@ passes of the learner are rehearsed without data, so the plan needs no GPU and r
   --json        print the plan as JSON
 
 Exits with 1 if the run does not fit."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a run needs."""
-
-    gpus: Gpus
-    model: ModelSize
-    shape: PassShape
-    learner: Memory
-    engine: EngineMemory | None
-    """None without a vLLM engine."""
-    needed: Needed
-    remedies: tuple[tuple[tuple[str, ...], int], ...]
-    """Keys with values that lower the learner's peak, and the peak with them in bytes; empty if the learner fits."""
-    live_tokens: int
-    """Tokens of rollout.max_live trajectories of the greatest length."""
-
-    @property
-    def fits(self) -> bool:
-        """Whether every process fits its GPUs."""
-        return not text.misfits(self)
 
 
 def run_command(arguments: Sequence[str]) -> tuple[str, int]:

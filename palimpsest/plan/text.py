@@ -1,14 +1,10 @@
 """The text and the JSON of a plan. Pure."""
 
-from __future__ import annotations
+from typing import Any
 
-from typing import TYPE_CHECKING, Any
-
-from palimpsest.plan.causes import GIB, Cause
+from palimpsest.plan.causes import Cause, gib
 from palimpsest.plan.gpus import CONTEXT
-
-if TYPE_CHECKING:
-    from palimpsest.plan.command import Plan
+from palimpsest.plan.plan import Plan
 
 WIDTH = 46
 
@@ -18,45 +14,22 @@ def render(plan: Plan) -> str:
     model, shape, learner = plan.model, plan.shape, plan.learner
     rows = f"{shape.rows} row{'s' if shape.rows > 1 else ''} of {shape.length:,} tokens"
     lines = [
-        f"Model: {model.kind}, {_billions(model.parameters)} parameters, {_gib(model.weights)} GiB in its own type",
+        f"Model: {model.kind}, {_billions(model.parameters)} parameters, {gib(model.weights)} GiB in its own type",
         f"GPUs: {plan.gpus}; the run needs {plan.needed}",
         "",
-        f"A rank of the learner, largest pass {rows}:        GiB",
+        f"{f'A rank of the learner; largest pass: {rows}':{WIDTH}}{'GiB':>9}",
     ]
-    lines[-1] = f"{f'A rank of the learner; largest pass: {rows}':{WIDTH}}{'GiB':>9}"
     lines += [_line(cause) for cause in learner.held]
     lines.append(_sum("held all the time", learner.static))
     for moment in learner.moments:
         lines += [f"in addition during: {moment.name}", *(_line(cause) for cause in moment.causes)]
     lines.append(_sum(f"peak, {learner.largest.name}", learner.peak))
-    lines.append(_sum(f"a GPU of {plan.gpus.gib:g} GiB, less {_gib(CONTEXT)} for CUDA", plan.gpus.usable))
-    lines += ["", *_engine(plan), *misfits(plan)]
+    lines.append(_sum(f"a GPU of {plan.gpus.gib:g} GiB, less {gib(CONTEXT)} for CUDA", plan.gpus.usable))
+    lines += ["", *_engine(plan), *plan.misfits()]
     if plan.fits:
         lines.append("The run fits.")
-    lines += [f"With {' and '.join(keys)}: peak {_gib(peak)} GiB" for keys, peak in plan.remedies]
+    lines += [f"With {' and '.join(keys)}: peak {gib(peak)} GiB" for keys, peak in plan.remedies]
     return "\n".join(lines)
-
-
-def misfits(plan: Plan) -> list[str]:
-    """Return a sentence for each thing that does not fit."""
-    sentences = []
-    if plan.needed.number > plan.gpus.number:
-        sentences.append(
-            f"Does not fit: the run needs {plan.needed} GPUs, and there are {plan.gpus.number}. Lower "
-            f"local.rollout_workers, local.learner_ranks or rollout.engine.tensor_parallel."
-        )
-    if (over := plan.learner.peak - plan.gpus.usable) > 0:
-        keys = sorted({key for cause in (*plan.learner.held, *plan.learner.largest.causes) for key in cause.keys})
-        sentences.append(
-            f"Does not fit: a rank of the learner needs {_gib(over)} GiB more than a GPU has. Keys that change it: "
-            f"{', '.join(keys)}."
-        )
-    if plan.engine is not None and plan.engine.cache <= 0:
-        sentences.append(
-            f"Does not fit: the engine's weights need {_gib(plan.engine.weights)} GiB of each GPU, more than "
-            f"rollout.engine.gpu_memory_utilization gives. Raise rollout.engine.tensor_parallel."
-        )
-    return sentences
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -81,7 +54,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "cache_tokens": plan.engine.tokens(),
         },
         "fits": plan.fits,
-        "misfits": misfits(plan),
+        "misfits": plan.misfits(),
         "remedies": [{"keys": list(keys), "peak_bytes": peak} for keys, peak in plan.remedies],
     }
 
@@ -104,15 +77,11 @@ def _engine(plan: Plan) -> list[str]:
 
 
 def _line(cause: Cause) -> str:
-    return f"  {cause.name:{WIDTH - 2}}{_gib(cause.size):>9}  {', '.join(cause.keys)}".rstrip()
+    return f"  {cause.name:{WIDTH - 2}}{gib(cause.size):>9}  {', '.join(cause.keys)}".rstrip()
 
 
 def _sum(name: str, size: int) -> str:
-    return f"{name:{WIDTH}}{_gib(size):>9}"
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:,.2f}"
+    return f"{name:{WIDTH}}{gib(size):>9}"
 
 
 def _billions(number: int) -> str:

@@ -1,0 +1,51 @@
+"""What a run needs on the GPUs of a machine, and what does not fit. Pure."""
+
+from dataclasses import dataclass
+
+from palimpsest.plan.causes import Memory, gib
+from palimpsest.plan.engine_memory import EngineMemory
+from palimpsest.plan.gpus import Gpus, Needed
+from palimpsest.plan.rehearsal import ModelSize, PassShape
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run needs."""
+
+    gpus: Gpus
+    model: ModelSize
+    shape: PassShape
+    learner: Memory
+    engine: EngineMemory | None
+    """None without a vLLM engine."""
+    needed: Needed
+    remedies: tuple[tuple[tuple[str, ...], int], ...]
+    """Keys with values that lower the learner's peak, and the peak with them in bytes; empty if the learner fits."""
+    live_tokens: int
+    """Tokens of rollout.max_live trajectories of the greatest length."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether every process fits its GPUs."""
+        return not self.misfits()
+
+    def misfits(self) -> list[str]:
+        """Return a sentence for each thing that does not fit."""
+        sentences = []
+        if self.needed.number > self.gpus.number:
+            sentences.append(
+                f"Does not fit: the run needs {self.needed} GPUs, and there are {self.gpus.number}. Lower "
+                f"local.rollout_workers, local.learner_ranks or rollout.engine.tensor_parallel."
+            )
+        if (over := self.learner.peak - self.gpus.usable) > 0:
+            keys = sorted({key for cause in (*self.learner.held, *self.learner.largest.causes) for key in cause.keys})
+            sentences.append(
+                f"Does not fit: a rank of the learner needs {gib(over)} GiB more than a GPU has. Keys that change it: "
+                f"{', '.join(keys)}."
+            )
+        if self.engine is not None and self.engine.cache <= 0:
+            sentences.append(
+                f"Does not fit: the engine's weights need {gib(self.engine.weights)} GiB of each GPU, more than "
+                f"rollout.engine.gpu_memory_utilization gives. Raise rollout.engine.tensor_parallel."
+            )
+        return sentences
