@@ -13,8 +13,8 @@ import msgspec
 
 from palimpsest.common import run_folder
 from palimpsest.common.config import load
-from palimpsest.common.config.evaluation import LOWEST_EVALUATION_TEMPERATURE
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.config.section import LOWEST_TEMPERATURE
 from palimpsest.common.evaluation.estimates import parse_results, text
 from palimpsest.common.evaluation.tasks import held_out_tasks
 from palimpsest.common.files import write
@@ -234,6 +234,6 @@ def _temperature(own: Mapping[str, str], default: float) -> float:
         found = float(value)
     except ValueError:
         found = float("nan")
-    if not LOWEST_EVALUATION_TEMPERATURE <= found < float("inf"):
-        raise UserError(f"--temperature {value}: must be a number of at least {LOWEST_EVALUATION_TEMPERATURE}")
+    if not LOWEST_TEMPERATURE <= found < float("inf"):
+        raise UserError(f"--temperature {value}: must be a number of at least {LOWEST_TEMPERATURE}")
     return found

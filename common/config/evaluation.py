@@ -4,10 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from palimpsest.common.config.section import PositiveFloat, Section
-
-LOWEST_EVALUATION_TEMPERATURE = 0.01
-"""vLLM replaces a lower temperature by this one."""
+from palimpsest.common.config.section import LOWEST_TEMPERATURE, PositiveFloat, Section
 
 
 class EvaluationConfig(Section):
@@ -25,7 +22,7 @@ class EvaluationConfig(Section):
     """Number of tasks of each environment."""
     samples: Annotated[int, Field(ge=1, le=1000)] = 4
     """Trajectories for each task: the k of avg@k and pass@k."""
-    temperature: Annotated[float, Field(ge=LOWEST_EVALUATION_TEMPERATURE)] | None = None
+    temperature: Annotated[float, Field(ge=LOWEST_TEMPERATURE)] | None = None
     """Sampling temperature, at least 0.01. Default: sampling.temperature."""
     time_limit_s: PositiveFloat | None = None
     """Time limit of an evaluation, in seconds. Trajectories that arrive later do not count. Default:

@@ -15,11 +15,17 @@ from palimpsest.common.config.env_gateway import SESSION_LEASE_S, EnvGatewayConf
 from palimpsest.common.config.evaluation import EvaluationConfig
 from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.config.local import LocalConfig
-from palimpsest.common.config.section import FilePath, Positive, PositiveFloat, Section, Service, Share
+from palimpsest.common.config.proximal import PROXIMAL_KINDS
+from palimpsest.common.config.section import (
+    LOWEST_TEMPERATURE,
+    FilePath,
+    Positive,
+    PositiveFloat,
+    Section,
+    Service,
+    Share,
+)
 from palimpsest.common.config.tracking import TrackingConfig
-
-LOWEST_TEMPERATURE = 0.01
-"""vLLM replaces a lower temperature by this one (`_MAX_TEMP` of its sampling_params.py)."""
 
 
 class Run(Section):
@@ -287,6 +293,11 @@ class RunConfig(Section):
                 f"step that the gateway permits would end after its group is dropped"
             )
         return self
+
+    @property
+    def replica_count(self) -> int:
+        """Number of replica processes of `palimpsest run`; 0 unless the proximal kind has replicas."""
+        return max(1, self.local.replicas) if PROXIMAL_KINDS[self.learner.proximal.kind].runs_replicas else 0
 
     @property
     def session_lease_s(self) -> float:

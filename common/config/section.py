@@ -11,6 +11,9 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
+LOWEST_TEMPERATURE = 0.01
+"""vLLM replaces a lower temperature by this one (`_MAX_TEMP` of its sampling_params.py)."""
+
 
 class Section(BaseModel):
     """A section of the configuration: immutable; unknown keys are errors."""

@@ -3,10 +3,10 @@
 import re
 from dataclasses import dataclass
 
-from palimpsest.common.config.proximal import PROXIMAL_KINDS
-from palimpsest.common.config.schema import RunConfig, VllmEngineConfig
+from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.user_error import UserError
 from palimpsest.plan.causes import GIB
+from palimpsest.services.local.placement import LEARNER, gpus_wanted
 
 CONTEXT = GIB
 """Bytes of a GPU that a process needs besides its tensors: CUDA context, kernels, communication buffers. Assumed."""
@@ -63,11 +63,5 @@ class Needed:
 
 def needed(config: RunConfig) -> Needed:
     """Return the GPUs that `palimpsest run` needs."""
-    engine, local = config.rollout.engine, config.local
-    width = engine.tensor_parallel if isinstance(engine, VllmEngineConfig) else 0
-    kind = PROXIMAL_KINDS[config.learner.proximal.kind]
-    return Needed(
-        engines=local.rollout_workers * width,
-        ranks=local.learner_ranks,
-        replicas=max(1, local.replicas) if kind.runs_replicas else 0,
-    )
+    wanted = {kind: sum(processes.values()) for kind, processes in gpus_wanted(config).items()}
+    return Needed(engines=wanted["engines"], ranks=wanted[LEARNER], replicas=wanted["replicas"])

@@ -5,7 +5,7 @@ each rank holds a share of the float32 masters, which are cast while a block is 
 shape (docs/sharding.md).
 """
 
-from palimpsest.common.config.learner import LearnerConfig
+from palimpsest.common.config.learner import AVERAGES, LearnerConfig
 from palimpsest.common.config.proximal import PROXIMAL_KINDS
 from palimpsest.plan.causes import Cause, Memory, Moment
 from palimpsest.plan.rehearsal import PassShape, Rehearsed
@@ -14,7 +14,6 @@ from palimpsest.services.learner.model.logprobs import BLOCK_ENTRIES, BLOCK_ENTR
 FLOAT32, BFLOAT16 = 4, 2
 BLOCKS_GATHERED = 2
 """Blocks whose weights are gathered at one time: the one that computes, and the next one."""
-AVERAGED = ("ewma_prox", "ppo_ewma_async")
 FLOAT32_BLOCKS = 3
 """Blocks of float32 logits that are live at one time in services/learner/model/logprobs.py."""
 
@@ -49,7 +48,7 @@ def _held(config: LearnerConfig, rehearsed: Rehearsed, shares: int) -> list[Caus
     if kind == "snapshot":
         old = -(-model.weights // shares)
         causes.append(Cause("weights of an old version", old, ("learner.proximal.kind", *split)))
-    if kind in AVERAGED:
+    if kind in AVERAGES:
         causes.append(Cause("average of the weights, float32", each, ("learner.proximal.kind",)))
         causes.append(Cause("average in the model's type", model.weights, ("learner.proximal.kind",)))
     if config.audit.fraction and not PROXIMAL_KINDS[kind].exact:

@@ -6,14 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from palimpsest.common import run_folder
-from palimpsest.common.config.proximal import PROXIMAL_KINDS
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.secret_variables import SECRETS_OF
 from palimpsest.common.sessions.placed import needs_gateway
-from palimpsest.services.local.placement import Placement
+from palimpsest.services.local.placement import LEARNER, Placement
 from palimpsest.services.local.processes import Child, python
 
-LEARNER = "learner"
 ALONE = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
 """The variables that torchrun sets for a single rank. They override those of the machine, such as a Slurm job's."""
 _reserved: list[socket.socket] = []
@@ -73,9 +71,7 @@ class Commands:
 
     def replicas(self) -> dict[str, tuple[Child, str]]:
         """Return name -> (process, URL)."""
-        kind = PROXIMAL_KINDS[self.config.learner.proximal.kind]
-        number = max(1, self.config.local.replicas) if kind.runs_replicas else 0
-        names = [f"replica-{i}" for i in range(number)]
+        names = [f"replica-{i}" for i in range(self.config.replica_count)]
         return self._numbered(
             names, "palimpsest.services.learner.replica", host=self.config.replica.host, named="replica.name"
         )

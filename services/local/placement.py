@@ -7,7 +7,6 @@ for both or the machine has a single one.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from palimpsest.common.config.proximal import PROXIMAL_KINDS
 from palimpsest.common.config.schema import RunConfig, VllmEngineConfig
 from palimpsest.common.user_error import UserError
 from palimpsest.services.local.visible_gpus import VARIABLE
@@ -30,14 +29,13 @@ class Placement:
 
 def place(config: RunConfig, visible: Sequence[str]) -> Placement:
     """Assign the visible GPUs. Without any, no process gets an entry. Raises UserError if the run does not fit them."""
-    wanted, given = _wanted(config), config.local.gpus.model_dump()
+    wanted, given = gpus_wanted(config), config.local.gpus.model_dump()
     if not visible:
         if keys := [f"local.gpus.{kind}" for kind, numbers in given.items() if numbers is not None]:
             raise UserError(f"{', '.join(keys)}: no GPU is visible here (nvidia-smi, {VARIABLE}); remove the key")
         return Placement()
-    numbers = _given(wanted, given, visible) if any(each is not None for each in given.values()) else None
-    if numbers is None:
-        numbers = _default(wanted, len(visible))
+    by_hand = any(each is not None for each in given.values())
+    numbers = _given(wanted, given, visible) if by_hand else _default(wanted, len(visible))
     _refuse_full(config, numbers)
     return Placement(
         {
@@ -48,15 +46,14 @@ def place(config: RunConfig, visible: Sequence[str]) -> Placement:
     )
 
 
-def _wanted(config: RunConfig) -> dict[str, dict[str, int]]:
-    """Kind -> process -> number of GPUs. A scripted engine needs none."""
+def gpus_wanted(config: RunConfig) -> dict[str, dict[str, int]]:
+    """Return kind -> process -> number of GPUs. A scripted engine needs none."""
     engine, local = config.rollout.engine, config.local
     width = engine.tensor_parallel if isinstance(engine, VllmEngineConfig) else 0
-    replicas = max(1, local.replicas) if PROXIMAL_KINDS[config.learner.proximal.kind].runs_replicas else 0
     return {
         "engines": {f"worker-{i}": width for i in range(local.rollout_workers)},
         LEARNER: {LEARNER: local.learner_ranks},
-        "replicas": {f"replica-{i}": 1 for i in range(replicas)},
+        "replicas": {f"replica-{i}": 1 for i in range(config.replica_count)},
     }
 
 

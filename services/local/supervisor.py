@@ -16,9 +16,9 @@ from palimpsest.common.sessions.placed import needs_gateway
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.live.poller import RunObservation, ServiceObservation
 from palimpsest.services.local import exit_reasons
-from palimpsest.services.local.commands import LEARNER, Commands, free_port
+from palimpsest.services.local.commands import Commands, free_port
 from palimpsest.services.local.exit_reasons import Crash, last_error
-from palimpsest.services.local.placement import place
+from palimpsest.services.local.placement import LEARNER, place
 from palimpsest.services.local.process_start import ProcessStart
 from palimpsest.services.local.processes import HOPELESS, Child
 from palimpsest.services.local.restart_policy import Death, append_death, is_crash_loop, restart_delay_s
