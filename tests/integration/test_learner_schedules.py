@@ -20,6 +20,7 @@ from palimpsest.services.learner.evaluation import ledger as evaluation_ledger
 from palimpsest.services.learner.ingest.task_publisher import TaskPublisher
 from palimpsest.services.learner.ingest.trajectory_reader import TrajectoryReader
 from palimpsest.services.learner.loop import Loop
+from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.observability import history
 from palimpsest.services.rollout.async_consumer import AsyncConsumer
 from palimpsest.services.rollout.record_reader import RecordReader
@@ -159,6 +160,10 @@ def a_version_is_announced_before_its_checkpoint(patch: Patch) -> None:
     patch.setattr(Loop, "_publish", published)
 
 
+def a_step_changes_no_weight(patch: Patch) -> None:
+    patch.setattr(TrainablePolicy, "step", lambda self, *, lr_factor: 0.0)
+
+
 def records_count_as_done_when_read(patch: Patch) -> None:
     patch.setattr(TrajectoryReader, "offsets", lambda self: self._consumer.positions())
 
@@ -180,6 +185,7 @@ DEATHS: Mapping[Callable[[Patch], None], Fault] = {
     the_learner_does_not_confirm_its_lease: Fault("learner.before_announcing", 2, FaultKind.PAUSE),
     # The first version: the evaluation keeps workers at version 0, and later batches are too old to be trained again.
     a_version_is_announced_before_its_checkpoint: Fault("learner.after_publishing", 1, FaultKind.DIE),
+    a_step_changes_no_weight: Fault("learner.after_publishing", 1, FaultKind.DIE),
     records_count_as_done_when_read: Fault("learner.before_reading", 2, FaultKind.DIE),
     groups_offered_after_the_checkpoint_are_not_adopted: Fault("learner.before_reading", 2, FaultKind.DIE),
     the_ledger_is_not_restored: Fault("learner.after_publishing", 2, FaultKind.DIE),

@@ -38,6 +38,7 @@ learner.canary_trajectories = 2
 learner.checkpoint.keep = 1000
 learner.proximal.kind = "interruption"
 learner.proximal.deadline_s = 5.0
+learner.discrepancy.band = "off"
 learner.optimizer.lr = 0.1
 learner.optimizer.weight_decay = 0.1
 """
