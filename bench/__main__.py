@@ -12,6 +12,7 @@ PROGRAMS = {
     "mismatch": "a toy trained with exact old log-probs and with each surrogate: masks, clips, rewards",
     "tail": "lognormal tool times in virtual time: tokens lost and trajectories dropped, by the rule for batches",
     "gateway": "steps through the gateway beside a bare echo: latency, processor time, memory",
+    "peers": "the embedded run beside GRPO of TRL: tokens per second, processor time, seconds to success",
     "worlds": "what the solution and lazy policies earn in the customer-service worlds",
     "learner": "a training step, replicated and sharded, beside a bare FSDP2 loop: tokens per second, memory, bytes",
     "snapshots": "versions as deltas: bytes stored, time to encode, time to move a copy, memory",

@@ -270,7 +270,7 @@ def _live_bytes() -> int:
     gc.collect()
     storages = {}
     for each in gc.get_objects():
-        if isinstance(each, torch.Tensor):
+        if issubclass(type(each), torch.Tensor):  # isinstance would make objects of torch.distributed warn
             storages[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
     return sum(storages.values())
 

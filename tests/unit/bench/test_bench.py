@@ -53,6 +53,7 @@ def test_the_list_names_every_program() -> None:
         "ingest",
         "memory",
         "mismatch",
+        "peers",
         "rollout",
         "routes",
         "snapshots",
