@@ -30,7 +30,8 @@ class AdapterConfig(Section):
     reward_range: Annotated[tuple[float, float] | None, Field(strict=False)] = None
     """Lowest and highest sum of a session's rewards. It is mapped to [0, 1]. None: [0, 1]."""
     token_variable: str = ""
-    """Name of the environment variable with a bearer token for the server: ors, openenv. Of the user's model: tau2."""
+    """Name of the environment variable with a bearer token for the server: ors, openenv, mcp with url. Of the user's
+    model: tau2."""
     checkout: str = ""
     """Folder of the user's own checkout: tau2."""
     user: Literal["", "none", "scripted", "model"] = ""
@@ -73,6 +74,15 @@ class EnvGatewayConfig(Service):
     """Maximum size of a request. The gateway refuses larger requests with 413."""
     result_limit_bytes: Positive = 65536
     """Maximum size of a tool result. Longer results are truncated, with a note in the text."""
+    session_turns: Positive = 64
+    """Maximum number of model messages in a session. The last one is applied; then the session is truncated and scored.
+    At least sampling.max_turns."""
+    session_calls: Positive = 512
+    """Maximum number of tool calls in a session. The message that exceeds it is not applied; the session is truncated
+    and scored."""
+    session_output_bytes: Positive = 16777216
+    """Maximum size of all texts that the environment returns in a session, before result_limit_bytes truncates them.
+    Beyond it, the session is truncated and scored."""
     plugins: dict[str, str] = {}
     """Additional environments: name -> `package.module:Class`. Each of their sessions runs in a separate process."""
     adapters: dict[str, AdapterConfig] = {}
@@ -109,3 +119,24 @@ class EnvGatewayConfig(Service):
                 f"({self.step_limit_s}): a retry could come after the reply is forgotten"
             )
         return self
+
+    def check_sessions(self, *, max_turns: int, time_limit_s: float) -> None:
+        """Check that sessions last as long as trajectories and groups may. Raises ValueError.
+
+        max_turns: sampling.max_turns. time_limit_s: tasks.time_limit_s.
+        """
+        if self.lease_s is not None and self.lease_s > time_limit_s:
+            raise ValueError(
+                f"env_gateway.lease_s ({self.lease_s}) is more than tasks.time_limit_s ({time_limit_s}): the session "
+                f"of a dead worker would keep its place after its group is dropped"
+            )
+        if self.step_limit_s > time_limit_s:
+            raise ValueError(
+                f"env_gateway.step_limit_s ({self.step_limit_s}) is more than tasks.time_limit_s ({time_limit_s}): a "
+                f"step that the gateway permits would end after its group is dropped"
+            )
+        if max_turns > self.session_turns:
+            raise ValueError(
+                f"sampling.max_turns ({max_turns}) is more than env_gateway.session_turns ({self.session_turns}): "
+                f"sessions would end earlier than the trajectories may"
+            )

@@ -280,18 +280,8 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _time_limits_fit(self) -> "RunConfig":
-        gateway, limit_s = self.env_gateway, self.tasks.time_limit_s
-        if gateway.lease_s is not None and gateway.lease_s > limit_s:
-            raise ValueError(
-                f"env_gateway.lease_s ({gateway.lease_s}) is more than tasks.time_limit_s ({limit_s}): the session of "
-                f"a dead worker would keep its place after its group is dropped"
-            )
-        if gateway.step_limit_s > limit_s:
-            raise ValueError(
-                f"env_gateway.step_limit_s ({gateway.step_limit_s}) is more than tasks.time_limit_s ({limit_s}): a "
-                f"step that the gateway permits would end after its group is dropped"
-            )
+    def _sessions_fit(self) -> "RunConfig":
+        self.env_gateway.check_sessions(max_turns=self.sampling.max_turns, time_limit_s=self.tasks.time_limit_s)
         return self
 
     @property

@@ -34,6 +34,9 @@ FAILURES = Counter(
 TOOL_ERRORS = Counter(
     "palimpsest_gateway_tool_errors", "Tool calls that failed, by cause", ["environment", "cause"], registry=REGISTRY
 )  # cause: malformed, environment
+LIMITED = Counter(
+    "palimpsest_gateway_sessions_limited", "Sessions that ended at a limit", ["environment", "limit"], registry=REGISTRY
+)  # limit: turns, calls, output_bytes
 REWARD = Histogram(
     "palimpsest_gateway_reward", "Rewards of sessions", ["environment"],
     buckets=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99, 1.0), registry=REGISTRY,

@@ -35,6 +35,10 @@ class LiveSession:
     opened: bytes | None = None
     """The reply to its creation; None before that and after the end."""
     next_step: int = 0
+    calls: int = 0
+    """Tool calls of the model so far, those of a step that was refused included."""
+    output_bytes: int = 0
+    """Text that the environment returned so far, before it is truncated, as UTF-8."""
     status: Status = Status.RUNNING
     ending: Step | None = None
     """The last step. Its number is that of the step that ended the session, else the next step's."""

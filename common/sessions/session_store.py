@@ -72,7 +72,7 @@ class SessionStore:
         instruments.of(environment).live.dec()
         if session.ending.reward is not None:
             instruments.of(environment).reward.observe(session.ending.reward)
-        if error is not None:
+        if error is not None and status is Status.ERROR:
             instruments.FAILURES.labels(environment, error.code).inc()
         self._ended_bytes += session.bytes
         while len(self._ended) > self._remember or self._ended_bytes > self._remember_bytes:

@@ -18,7 +18,7 @@ from palimpsest.common.sessions.hosts import AtCapacity
 from palimpsest.common.sessions.live_session import LiveSession
 from palimpsest.common.sessions.registry import Entry, Registry
 from palimpsest.common.sessions.session_store import SessionStore
-from palimpsest.common.sessions.wire import CreateSession, Lease, SessionState, Status, Step, TakeStep
+from palimpsest.common.sessions.wire import CreateSession, Lease, SessionState, Status, Step, StepError, TakeStep
 
 REMEMBERED_PER_SESSION = 8
 """Number of remembered ended sessions for each session that may be live."""
@@ -34,6 +34,9 @@ class SessionLimits:
     lease_s: float
     remember_s: float
     result_bytes: int
+    turns: int = 64
+    calls: int = 512
+    output_bytes: int = 16 * 2**20
 
 
 def limits_of(config: RunConfig) -> SessionLimits:
@@ -44,6 +47,9 @@ def limits_of(config: RunConfig) -> SessionLimits:
         lease_s=config.session_lease_s,
         remember_s=gateway.remember_s,
         result_bytes=gateway.result_limit_bytes,
+        turns=gateway.session_turns,
+        calls=gateway.session_calls,
+        output_bytes=gateway.session_output_bytes,
     )
 
 
@@ -211,6 +217,11 @@ class Sessions:
         """Run the step in the environment; a failure also becomes a reply."""
         assert session.world is not None, "a live session has a world"
         counted, began, read = instruments.of(session.wanted.environment), self._clock(), turn(taken.action)
+        session.calls += len(read.calls)
+        if session.calls > self._limits.calls:
+            return await self._limited(
+                session, "calls", f"env_gateway.session_calls permits {self._limits.calls} calls"
+            )
         try:
             outcome = await session.world.step(read)
             if isinstance(outcome, Reply):
@@ -227,7 +238,28 @@ class Sessions:
         counted.step_seconds.observe(now - began)
         counted.steps.inc()
         session.lease_until = now + self._limits.lease_s
+        if step.status is Status.RUNNING and isinstance(outcome, Reply):
+            session.output_bytes += sum(len(message.content.encode()) for message in outcome.messages)
+            return await self._within_limits(session, step)
         return step
+
+    async def _within_limits(self, session: LiveSession, step: Step) -> Step:
+        """Return the step of a session that continues, or its end if it has reached a limit."""
+        limits = self._limits
+        if session.output_bytes > limits.output_bytes:
+            permitted = f"env_gateway.session_output_bytes permits {limits.output_bytes} bytes from the environment"
+            return await self._limited(session, "output_bytes", permitted)
+        if session.next_step + 1 >= limits.turns:
+            return await self._limited(session, "turns", f"env_gateway.session_turns permits {limits.turns} messages")
+        return step
+
+    async def _limited(self, session: LiveSession, limit: str, permitted: str) -> Step:
+        """End the session at a limit with the score of its current state."""
+        instruments.LIMITED.labels(session.wanted.environment, limit).inc()
+        ending = await self._score(session)
+        if ending.status is not Status.TRUNCATED:
+            return ending
+        return ending.model_copy(update={"error": StepError(code=f"limit_{limit}", message=permitted)})
 
     async def _score(self, session: LiveSession) -> Step:
         assert session.world is not None, "a live session has a world"

@@ -22,7 +22,7 @@ class Status(StrEnum):
     TERMINATED = "terminated"
     """The environment ended it."""
     TRUNCATED = "truncated"
-    """The client ended it before the environment did (finalize). The reward covers the steps up to there."""
+    """The client (finalize) or a limit ended it before the environment did. The reward covers the steps up to there."""
     EXPIRED = "expired"
     CANCELLED = "cancelled"
     ERROR = "error"
@@ -128,7 +128,7 @@ class TakeSteps(Wire):
 
 
 class StepError(Wire):
-    """Error that ended a session with status `error`."""
+    """Error that ended a session with status `error`, or the limit that truncated it (`limit_...`)."""
 
     code: str
     message: str

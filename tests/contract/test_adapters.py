@@ -27,7 +27,15 @@ from palimpsest.common.user_error import UserError
 from palimpsest.services.env_gateway.adapters import entries
 from palimpsest.services.env_gateway.child_limits import child_limits
 from palimpsest.services.env_gateway.processes.pool import Pool
-from tests.servers.adapter_servers import McpServer, NemoGymServer, OpenEnvServer, OrsServer, library, tau2_checkout
+from tests.servers.adapter_servers import (
+    McpHttpServer,
+    McpServer,
+    NemoGymServer,
+    OpenEnvServer,
+    OrsServer,
+    library,
+    tau2_checkout,
+)
 
 HERE = Path(__file__).parent / "adapters"
 LIMITS = SessionLimits(max_sessions=64, lease_s=600.0, remember_s=60.0, result_bytes=65536)
@@ -71,6 +79,20 @@ def mcp(folder: Path) -> Iterator[Subject]:
         server.count,
         seeds=range(4, 5),
     )
+
+
+@contextmanager
+def mcp_http(folder: Path) -> Iterator[Subject]:
+    with McpHttpServer(folder) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MCP_TOKEN", "of-the-test")
+        config = AdapterConfig(kind="mcp", url=f"{server.url}/mcp", tasks="sums_tasks:Sums", token_variable="MCP_TOKEN")
+        yield Subject(
+            config,
+            lambda text, _: [*[render("add", {"number": 1})] * number(text), "done"],
+            server.kill,
+            server.count,
+            seeds=range(4, 5),
+        )
 
 
 @contextmanager
@@ -144,6 +166,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 SUBJECTS = (
     pytest.param(mcp, id="mcp", marks=pytest.mark.servers),
+    pytest.param(mcp_http, id="mcp_http", marks=pytest.mark.servers),
     *(
         pytest.param(one, id=one.__name__, marks=pytest.mark.long)
         for one in (ors, openenv, nemo_gym, gymnasium, textarena, skyrl_gym)
@@ -168,7 +191,8 @@ async def sessions(subject: Subject) -> AsyncIterator[Sessions]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(HERE), *sys.path, *subject.path])
         limits, _ = child_limits(EnvGatewayConfig(adapters=adapters))
-        pool = Pool(limit=16, wait_s=60.0, call_limit_s=60.0, modules=entries.modules(adapters), limits=limits)
+        modules, variables = entries.modules(adapters), entries.variables(adapters)
+        pool = Pool(limit=16, wait_s=60.0, call_limit_s=60.0, modules=modules, variables=variables, limits=limits)
         yield Sessions(entries.entries(pool, entries.specs(adapters, taken=())), LIMITS)
         await pool.close()
 
@@ -246,6 +270,10 @@ CONFIGS = (
     ({"kind": "mcp", "tasks": "sums_tasks:Sums"}, "kind 'mcp' needs either `command` or `url`"),
     ({"kind": "mcp", "tasks": "sums_tasks:Sums", "command": ("false",)}, "the MCP server .* cannot be reached"),
     ({"kind": "mcp", "tasks": "nowhere:Sums", "command": ("false",)}, "`tasks` nowhere:Sums cannot be imported"),
+    (
+        {"kind": "mcp", "tasks": "sums_tasks:Sums", "url": "http://127.0.0.1:9/mcp"},
+        "the MCP server .* cannot be reached",
+    ),
     ({"kind": "ors", "url": "http://127.0.0.1:9"}, "http://127.0.0.1:9 cannot be reached"),
     ({"kind": "openenv", "url": "http://127.0.0.1:9"}, "ws://127.0.0.1:9/ws cannot be reached"),
     ({"kind": "nemo_gym", "url": "http://127.0.0.1:9"}, "kind 'nemo_gym' needs the key `tasks`"),

@@ -89,7 +89,7 @@ class ProgramServer:
     def __enter__(self) -> Self:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        command = [str(interpreter(self.requirement, least=self.least)), str(PROGRAMS / self.program), str(port)]
+        command = [self.python(), str(PROGRAMS / self.program), str(port)]
         environment = {**os.environ, "OPENREWARD_DISABLE_UPDATE_CHECK": "1"}
         with self._log.open("w") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -108,6 +108,10 @@ class ProgramServer:
     ) -> None:
         self.kill()
 
+    def python(self) -> str:
+        """Return the interpreter of the server."""
+        return str(interpreter(self.requirement, least=self.least))
+
     def kill(self) -> None:
         """Kill the server."""
         self._process.kill()
@@ -116,6 +120,16 @@ class ProgramServer:
     def count(self) -> int:
         """Return the number of sessions that the server holds."""
         return int(httpx.get(f"{self.url}/sums/sessions_count").json())
+
+
+class McpHttpServer(ProgramServer):
+    """An MCP server over HTTP, which all sessions share. `mcp` is in this environment."""
+
+    program = "sums_mcp_http.py"
+
+    def python(self) -> str:
+        """Return this interpreter."""
+        return sys.executable
 
 
 class OrsServer(ProgramServer):

@@ -76,7 +76,8 @@ GATEWAY = (
     Panel("Sessions per second", "none", {
         "{{environment}} started": rate("gateway_sessions_created", "environment"),
         "{{environment}} {{status}}": rate("gateway_sessions_ended", "environment, status"),
-    }, "Started, and ended by status."),
+        "{{environment}} limit: {{limit}}": rate("gateway_sessions_limited", "environment, limit"),
+    }, "Started, ended by status, and ended at a limit."),
     Panel("Steps per second", "none", {
         "{{environment}}": rate("gateway_steps", "environment"),
         "repeated {{request}}": rate("gateway_replays", "request"),

@@ -8,8 +8,10 @@ own, because all sessions of one server share its state.
 import asyncio
 import contextlib
 import json
+import os
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from functools import partial
 from typing import Any
 
 from palimpsest.common.environments.authoring.state_hash import hash_of
@@ -95,7 +97,8 @@ class McpTools(AdapterEnvironment):
     def _target(self) -> Any:
         mcp = self.imported("mcp")
         if self.settings.url:
-            return self.settings.url
+            token = os.environ.get(self.settings.token_variable, "") if self.settings.token_variable else ""
+            return partial(_over_http, self.settings.url, token) if token else self.settings.url
         command, *arguments = self.settings.command
         return mcp.StdioServerParameters(command=command, args=arguments)
 
@@ -114,7 +117,7 @@ class McpConnection:
         try:
             asyncio.run_coroutine_threadsafe(self._wait_ready(), self._loop).result(START_S)
         except Exception as error:
-            shown = " ".join(str(target).split())[:200]
+            shown = " ".join(str(target.args[0] if isinstance(target, partial) else target).split())[:200]
             raise AdapterUnusable(f"the MCP server {shown} cannot be reached: {_cause(error)}") from None
 
     def tools(self) -> list[Any]:
@@ -163,7 +166,7 @@ class McpConnection:
         from mcp import Client
 
         try:
-            async with Client(self._target) as client:
+            async with Client(self._target() if isinstance(self._target, partial) else self._target) as client:
                 self._ready.set_result(None)
                 while (work := await self._jobs.get()) is not None:
                     job, answer = work
@@ -171,6 +174,9 @@ class McpConnection:
                         answer.set_result(await job(client))
                     except Exception as error:
                         answer.set_exception(error)
+                    except BaseException:  # the transport failed and cancels the call
+                        answer.set_exception(ConnectionError("the MCP server ended the connection"))
+                        raise
         except BaseException as error:
             if not self._ready.done():
                 self._ready.set_exception(ConnectionError(_cause(error)))
@@ -180,6 +186,20 @@ class McpConnection:
                     left[1].set_exception(ConnectionError("the MCP server ended the connection"))
             with contextlib.suppress(Exception):
                 await asyncio.sleep(0)
+
+
+@contextlib.asynccontextmanager
+async def _over_http(url: str, token: str) -> AsyncIterator[Any]:
+    """Connect to a server over streamable HTTP, with a bearer token."""
+    from mcp.client.streamable_http import streamable_http_client
+    from mcp.shared._httpx_utils import create_mcp_http_client
+
+    headers = {"Authorization": f"Bearer {token}"}
+    async with (
+        create_mcp_http_client(headers=headers) as http,
+        streamable_http_client(url, http_client=http) as streams,
+    ):
+        yield streams
 
 
 def _cause(error: BaseException) -> str:

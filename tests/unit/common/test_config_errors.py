@@ -106,6 +106,12 @@ def test_time_limits_that_contradict_each_other_are_refused(run: Path, flags: tu
     assert refused(run, *flags).startswith(message)
 
 
+def test_more_turns_than_a_session_permits_are_refused(run: Path) -> None:
+    message = "sampling.max_turns (65) is more than env_gateway.session_turns (64): sessions would end earlier"
+    assert message in refused(run, "--sampling.max_turns=65")
+    assert loaded(run, "--sampling.max_turns=65", "--env_gateway.session_turns=65").sampling.max_turns == 65
+
+
 def test_the_lease_of_a_session_follows_the_time_limit_of_its_group(run: Path) -> None:
     assert loaded(run).session_lease_s == 600.0
     assert loaded(run, "--tasks.time_limit_s=90").session_lease_s == 90.0
