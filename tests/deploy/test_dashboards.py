@@ -1,7 +1,8 @@
-"""The dashboards of deploy/grafana: their files are generated, their queries parse, and they show every series."""
+"""The dashboards of deploy/grafana: generated, read by Grafana's schema, with queries that parse and show every series."""
 
 import json
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from tests.deploy.conftest import PROMETHEUS, ROOT
 from tests.deploy.series import SUFFIXES, code_series, series_in
 from tools import dashboards
+from tools.backends import downloads
 from tools.dashboards.panels import COLUMNS, Dashboard
 
 GRAFANA = ROOT / "deploy" / "grafana"
@@ -42,6 +44,29 @@ def test_the_folder_has_the_generated_files_and_no_other() -> None:
     """`python -m tools.references` writes them."""
     expected = {f"{one.name}.json": one.json() for one in dashboards.ALL}
     assert {path.name: path.read_text() for path in GRAFANA.iterdir()} == expected
+
+
+@pytest.mark.thorough
+def test_the_schema_of_grafana_knows_every_field_and_misses_none(tmp_path: Path) -> None:
+    """It reads strictly: queries of Prometheus and options of time series too."""
+    read = read_strictly(*sorted(GRAFANA.iterdir()))
+    assert read.returncode == 0, read.stdout
+    spoilt = json.loads(dashboards.ALL[0].json())
+    panel = next(one for one in spoilt["panels"] if one["type"] == "timeseries")
+    del panel["options"]["tooltip"]["sort"]
+    panel["targets"][0]["interval_s"] = 15
+    spoilt["titel"] = spoilt["title"]
+    path = tmp_path / "spoilt.json"
+    path.write_text(json.dumps(spoilt))
+    refused = read_strictly(path)
+    assert refused.returncode == 1
+    assert "options.tooltip.sort: required field is missing" in refused.stdout
+    assert "unexpected field 'interval_s'" in refused.stdout
+    assert "unexpected field 'titel'" in refused.stdout
+
+
+def read_strictly(*paths: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([downloads.dashboard_reader(), *paths], capture_output=True, text=True, check=False)
 
 
 def test_promtool_parses_every_query(promtool: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Downloads Kafka with Maven, Prometheus and etcd with apt; builds MinIO, Helm and Kubernetes with Go.
+"""Downloads Kafka with Maven, Prometheus and etcd with apt; builds MinIO, Helm, Kubernetes and test programs with Go.
 
 Each once into the cache.
 """
@@ -28,6 +28,8 @@ KUBERNETES_VERSION = "1.36.3"
 """Version in go_modules/kubernetes/go.mod."""
 HELM_UNITTEST_VERSION = "1.1.2"
 """Version in go_modules/helm_unittest/go.mod."""
+GRAFANA_SCHEMA_VERSION = "0.0.22"
+"""Version of grafana-foundation-sdk in go_modules/grafana/go.mod."""
 ETCD_VERSION, PROMETHEUS_VERSION = "3.4.23", "2.42.0"
 """Versions of Debian 12. apt takes the newest revision."""
 OPERATOR_CRDS = {
@@ -90,6 +92,12 @@ def helm_unittest(say: Say = announce) -> Path:
     return cache.made(name, lambda partial: _build_helm_unittest(partial, say), say) / "helm-unittest"
 
 
+def dashboard_reader(say: Say = announce) -> Path:
+    """Return the path of a program that reads dashboards by Grafana's schema (go_modules/grafana). Raises UserError."""
+    name = f"dashboard-reader-{GRAFANA_SCHEMA_VERSION}"
+    return cache.made(name, lambda partial: _build_dashboard_reader(partial, say), say) / "grafana"
+
+
 def operator_crds(say: Say = announce) -> Path:
     """Return the folder with the CustomResourceDefinitions that the Go modules of operators have. Raises UserError."""
     versions = "-".join(module.rpartition("@v")[2] for module in OPERATOR_CRDS)
@@ -144,6 +152,11 @@ def _build_helm_unittest(partial: Path, say: Say) -> None:
     stamp = "helm.sh/helm/v3/pkg/chartutil.k8sVersion"
     flags = " ".join(["-s -w", f"-X {stamp}Major={KUBERNETES[0]}", f"-X {stamp}Minor={KUBERNETES[1]}"])
     go.build(partial, "helm-unittest", GO_MODULES / "helm_unittest", package, flags, say)
+
+
+def _build_dashboard_reader(partial: Path, say: Say) -> None:
+    say("building a reader of dashboards with Go: about half a minute of processor time, once")
+    go.build(partial, "the reader of dashboards", GO_MODULES / "grafana", ".", "-s -w", say)
 
 
 def _copy_crds(partial: Path) -> None:

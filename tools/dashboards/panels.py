@@ -48,7 +48,8 @@ class Dashboard:
         y = 0
         for title, row in self.rows.items():
             where = {"h": 1, "w": COLUMNS, "x": 0, "y": y}
-            placed.append({"id": len(placed) + 1, "type": "row", "title": title, "collapsed": False, "gridPos": where})
+            heading = {"id": len(placed) + 1, "type": "row", "title": title, "collapsed": False, "panels": []}
+            placed.append({**heading, "gridPos": where})
             y += 1
             for i, panel in enumerate(row):
                 where = {"h": HEIGHT, "w": WIDTH, "x": i * WIDTH % COLUMNS, "y": y + i * WIDTH // COLUMNS * HEIGHT}
@@ -63,6 +64,7 @@ class Dashboard:
             "refresh": "30s",
             "time": {"from": "now-3h", "to": "now"},
             "templating": {"list": [_DATASOURCE, _RUN]},
+            "annotations": {"list": []},
             "panels": placed,
         }
 
@@ -117,7 +119,10 @@ def _panel(panel: Panel, number: int, where: Mapping[str, int]) -> dict[str, Any
         "datasource": _SOURCE,
         "gridPos": where,
         "fieldConfig": {"defaults": {"unit": panel.unit}, "overrides": []},
-        "options": {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi"}},
+        "options": {
+            "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True, "calcs": []},
+            "tooltip": {"mode": "multi", "sort": "none"},
+        },
         "targets": [
             {"refId": chr(ord("A") + i), "datasource": _SOURCE, "expr": query, "legendFormat": legend}
             for i, (legend, query) in enumerate(panel.queries.items())

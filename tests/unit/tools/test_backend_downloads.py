@@ -121,13 +121,19 @@ BUILDS = GO + 'while [ "$1" != -o ]; do shift; done\necho "$3" "$PWD" > "$2/{nam
     [
         ("kubernetes", ".", "kubernetes"),
         ("helm-unittest", "github.com/helm-unittest/helm-unittest/cmd/helm-unittest", "helm_unittest"),
+        ("grafana", ".", "grafana"),
     ],
 )
 def test_a_program_is_built_from_the_module_that_pins_its_sources(
     programs: Path, name: str, package: str, folder: str
 ) -> None:
     script(programs / "go", BUILDS.replace("{name}", name))
-    made = {"kubernetes": downloads.kubernetes, "helm-unittest": downloads.helm_unittest}[name](no_output)
+    makers = {
+        "kubernetes": downloads.kubernetes,
+        "helm-unittest": downloads.helm_unittest,
+        "grafana": downloads.dashboard_reader,
+    }
+    made = makers[name](no_output)
     assert made.read_text().split() == [package, str(downloads.GO_MODULES / folder)]
 
 
@@ -136,6 +142,7 @@ def test_a_program_is_built_from_the_module_that_pins_its_sources(
     [
         ("kubernetes", "k8s.io/kubernetes", downloads.KUBERNETES_VERSION),
         ("helm_unittest", "github.com/helm-unittest/helm-unittest", downloads.HELM_UNITTEST_VERSION),
+        ("grafana", "github.com/grafana/grafana-foundation-sdk/go", downloads.GRAFANA_SCHEMA_VERSION),
     ],
 )
 def test_the_version_of_a_cache_entry_is_that_of_its_module(folder: str, module: str, version: str) -> None:
