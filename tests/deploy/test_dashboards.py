@@ -1,4 +1,4 @@
-"""The dashboards of deploy/grafana: generated, read by Grafana's schema, with queries that parse and show every series."""
+"""The dashboards of deploy/grafana: generated, read by Grafana's schema; their queries parse and show every series."""
 
 import json
 import re

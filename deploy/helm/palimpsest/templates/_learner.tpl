@@ -7,7 +7,7 @@
 {{- $ports := include "palimpsest.ports" $root | fromYaml }}
 {{- $claim := $values.volume.existingClaim | default $name }}
 {{- $labels := dict "root" $root "component" "learner" }}
-{{- $volumes := dict "root" $root "kafka" true "s3" true "model" true "shm" $values.shm "runs" (ternary $claim "" (eq $node 0)) }}
+{{- $volumes := dict "root" $root "kafka" true "s3" true "model" true "shm" $values.shm "runs" (ternary $claim "" (or $values.volume.shared (eq $node 0))) }}
 completionMode: Indexed
 completions: 1
 parallelism: 1
