@@ -249,9 +249,9 @@ def learn(config: RunConfig, pipe: Connection) -> None:
         )
         publish = Publisher.publish
 
-        def timed(publisher: Publisher, version: Version, *, now: float) -> Manifest:
+        def timed(publisher: Publisher, version: Version, *, now: float, **options: Any) -> Manifest:
             with timer.time("publish"):
-                return publish(publisher, version, now=now)
+                return publish(publisher, version, now=now, **options)
 
         stack.enter_context(patch.object(Publisher, "publish", timed))
         try:

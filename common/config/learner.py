@@ -93,6 +93,9 @@ class LearnerConfig(Service):
     sharding: Literal["none", "full", "hybrid"] = "none"
     """Split weights, gradients and moments over the ranks (docs/sharding.md). `none`: each rank holds all of them.
     `full`: each rank holds a share. `hybrid`: the ranks of a node share them, and each node holds all of them."""
+    publishing: Literal["inline", "background"] = "inline"
+    """`inline`: the next batch waits until a version is stored and announced. `background`: a thread does both while
+    the learner takes the next batch and makes its passes; the next optimizer step waits (docs/publishing.md)."""
     recipe: str = ""
     """Name of a published method (docs/algorithms/recipes.md). It sets the sections below. Keys that the run sets
     take precedence."""
@@ -167,6 +170,7 @@ class LearnerConfig(Service):
             (self.proximal.kind in AVERAGES, f'proximal.kind = "{self.proximal.kind}" averages whole models'),
             (self.advantages.kind == "gae", 'advantages.kind = "gae" trains a whole critic'),
             (self.vcpo.baseline, "vcpo.baseline takes the gradient of each trajectory"),
+            (self.publishing != "inline", f'publishing = "{self.publishing}" copies a whole model in one process'),
         )
         if reasons := [reason for applies, reason in unsupported if applies]:
             raise ValueError(

@@ -109,6 +109,7 @@ def run_coordinator(
         raise
     finally:
         desk.close("ended", "the learner ends")
+        loop.close()
         tracking.close()
         exact.release()  # if the learner ends inside a cut, the workers must not stay paused
     watch.close()

@@ -162,7 +162,8 @@ SNAPSHOT_LOADS = Counter(
 )
 PHASE_SECONDS = Histogram(
     "palimpsest_learner_phase_seconds", "Time for one version, by phase", ["phase"], buckets=SECONDS, registry=REGISTRY
-)  # phase: wait, train (old log-probs included), report (records and everything else), publish, checkpoint
+)  # phase: wait, train (old log-probs included), report (records and everything else), publish,
+# publish_wait (before the first step, for a version that a thread publishes), checkpoint
 ALERT = Gauge(
     "palimpsest_learner_alert",
     "1 while the rule's alert is on; NaN while the newest version has no value for it",

@@ -1,7 +1,8 @@
 """The learner's loop: wait for a batch, train on it, checkpoint, publish; repeat.
 
 The order at the end of a version makes crashes harmless. The checkpoint counts this version's trajectories as trained.
-Then the loop stores and announces the version. After a crash in between, the restart announces it.
+Then the loop stores and announces the version. After a crash in between, the restart announces it. While a thread does
+both (publishing/publishing.py), nothing that others read may name the version.
 
 A learner that was paused or lost the network may have been replaced. The store refuses its versions and checkpoints.
 The store does not see writes to the history, the batch dumps and the log, so before them the loop confirms with the
@@ -9,6 +10,7 @@ store that the run still belongs to this learner. It ends if it is fenced.
 """
 
 import time
+from contextlib import suppress
 from typing import Any
 
 from palimpsest.common import failpoints, logs
@@ -21,7 +23,7 @@ from palimpsest.common.user_error import ExitCode
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
 from palimpsest.services.learner.batch.batching import Row
-from palimpsest.services.learner.batch.collate import split_minibatches, to_rows
+from palimpsest.services.learner.batch.collate import regroup, split_minibatches, to_rows
 from palimpsest.services.learner.buffer.admission import WAIT_SHARE
 from palimpsest.services.learner.buffer.groups import ReadyGroup
 from palimpsest.services.learner.checkpointing.checkpoints import NoCheckpoint
@@ -39,31 +41,23 @@ from palimpsest.services.learner.observability.prometheus_export import export_t
 from palimpsest.services.learner.observability.thresholds import RunThresholds
 from palimpsest.services.learner.observability.version_record import Batch
 from palimpsest.services.learner.old_logprobs.routes import Route
+from palimpsest.services.learner.ownership import Ownership
+from palimpsest.services.learner.publishing.publishing import Checkpoint, Publishing
 from palimpsest.services.learner.timing import PhaseTimer
 from palimpsest.services.learner.training.follower import TrainOrder, broadcast_state
 from palimpsest.services.learner.training.results import StepResult, merge
 from palimpsest.services.learner.training.state import split_checkpoint
 
 POLL_S = 0.1
-CONFIRM_S = 2.0
-"""Seconds between checks that the run still belongs to this learner, while it waits. After a suspension the last check
-is older than this, so the learner checks before it reads again."""
 
 
 class Loop:
     """Rank 0: coordinates the other ranks and connects to the log and the store."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        training: Training,
-        ingest: Ingest,
-        route: Route,
-        outputs: Outputs,
-        records: Records,
-        control: RunControl,
-        stop: Stop,
-    ) -> None:
+        self, config: RunConfig, training: Training, ingest: Ingest, route: Route, outputs: Outputs, records: Records,
+        control: RunControl, stop: Stop,
+    ) -> None:  # fmt: skip
         self._run, self._config, self._seed, self._control = config.run.id, config.learner, config.run.seed, control
         self._drops = Drops(ingest, budget=most_unresolved(config), skip_even=self._config.even_groups == "skip")
         self._trainer, self._policy = training.trainer, training.policy
@@ -71,10 +65,16 @@ class Loop:
         self._ledger, self._reader, self._tasks, self._ingest = ingest.ledger, ingest.reader, ingest.tasks, ingest
         self._route, self._records, self._stop, self._evaluator = route, records, stop, outputs.evaluator
         self._writer, self._publisher, self._checkpoints = outputs.writer, outputs.publisher, outputs.checkpoints
-        self.version, self._digest, self.trained_versions = Version(0), "", 0
+        self.version, self.trained_versions, self._offers_wait = Version(0), 0, False
         self._seconds_before, self._started = 0.0, time.monotonic()
-        self._confirmed = self._last_batch = self._started
+        self._last_batch = self._started
+        self._ownership = Ownership(outputs.writer, lambda: outputs.publisher.renew_lease())
+        self._confirm = self._ownership.confirm
         self._phases = PhaseTimer(base="report")
+        self._publishing = Publishing(
+            self._publisher, self._checkpoints, self._phases, background=self._config.publishing == "background",
+            announced=self._announced, needed=lambda restart: self._ledger.bound.lowest(restart),
+        )  # fmt: skip
         self._history: History  # opened by start
         self._last_line: dict[str, Any] = {}
         self._log_level = config.logs.level
@@ -106,8 +106,7 @@ class Loop:
         self.use_settings(self._control.restore(control))
         self._history = self._records.open_history(history_bytes)
         self._records.reporter.start()
-        manifest = self._publisher.republish(self.version, now=time.time())
-        self.version, self._digest = manifest.version, manifest.digest
+        self.version = self._publishing.start(self.version, now=time.time())
         self._evaluator.start(self.version, self.trained_versions)
         self._route.start()
         self.status.published(self.version)
@@ -131,6 +130,7 @@ class Loop:
             if batch is not None:
                 self._train(*batch)
             elif self._stop.requested:
+                self._publishing.finish()
                 self._checkpoint()
                 self._route.release()
                 return False
@@ -140,9 +140,10 @@ class Loop:
 
     def _evaluates_last(self) -> bool:
         """Evaluate the last version until what has arrived is read. Return whether its evaluation has not ended."""
+        self._publishing.finish()
         self._evaluator.work(self.version, self.trained_versions, self._config.versions)
         if self._evaluator.in_progress:
-            self._confirm_periodically()
+            self._ownership.confirm_periodically()
             self._control.at_safe_point(self)
             self._reader.read_all(self.version, timeout_s=POLL_S)
             self.status.waiting_for = self._evaluator.status()
@@ -152,35 +153,31 @@ class Loop:
     def update_status(self) -> None:
         """Report the present state to the HTTP thread and to Prometheus."""
         self.status.update(
-            self._ledger,
-            now=time.monotonic(),
-            run=self._run,
-            writer=self._writer.epoch,
-            version=self.version,
-            trained_versions=self.trained_versions,
-            versions=self._config.versions,
-            settings=self._control.current.generation,
-            paused=self._control.state().paused,
-            evaluation=self._evaluator.status() or self._evaluator.result(),
-            last=self._last_line,
-        )
+            self._ledger, now=time.monotonic(), run=self._run, writer=self._writer.epoch, version=self.version,
+            trained_versions=self.trained_versions, versions=self._config.versions,
+            settings=self._control.current.generation, paused=self._control.state().paused,
+            evaluation=self._evaluator.status() or self._evaluator.result(), last=self._last_line,
+        )  # fmt: skip
 
     def _next_batch(self) -> tuple[list[ReadyGroup[ReceivedTrajectory]], list[list[Row]]] | None:
         """Return the next groups to train on, and their rows; None if a stop is requested."""
-        needed = self._config.groups_per_batch
         with self._phases.of("wait"):
             timeout_s = 0.0
             first_look: float | None = None
             dropped_before = self._drops.counts()
             while not self._stop.requested:
-                self._confirm_periodically()
-                self._control.at_safe_point(self)
+                self._ownership.confirm_periodically()
+                if self._names_the_version():
+                    self._publishing.finish()
+                if self._publishing.permits("changes"):
+                    self._control.at_safe_point(self)
                 failpoints.reach("learner.before_reading")
                 # read everything before choosing, so that the oldest groups are trained on first
                 self._reader.read_all(self.version, timeout_s=timeout_s)
                 self._drops.drop_unusable(self.version, now=time.monotonic())
-                if not self._control.paused_by("offers"):
-                    self._tasks.offer(self.version, now=time.monotonic())
+                self._offers_wait = not self._publishing.permits("offers")
+                if not self._offers_wait:
+                    self._offer()
                 self._evaluator.work(self.version, self.trained_versions, self._config.versions)
                 evaluates = not self._evaluator.permits_training(self.trained_versions, self._config.versions)
                 complete_at = time.monotonic()
@@ -197,14 +194,25 @@ class Loop:
                     return ready, rows
                 if first_look is None and not paused_by:
                     first_look = complete_at
-                timeout_s = 0.0 if self._route.work(self.version, self._digest) else POLL_S
+                works = self._publishing.permits("scores") and self._route.work(self.version, self._publishing.digest)
+                timeout_s = 0.0 if works else POLL_S
                 if not self._control.is_paused:
                     self._drops.end_if_hopeless(dropped_before)
                 self.update_status()
-                trajectories = f"trajectories: {self._ledger.complete()} of {needed} groups are complete"
-                waiting = self._evaluator.status() if evaluates else trajectories
-                self.status.waiting_for = f"resume: {paused_by} paused the training" if paused_by else waiting
+                self.status.wait_for_batch(
+                    self._ledger.complete(), self._config.groups_per_batch, paused_by=paused_by,
+                    evaluation=self._evaluator.status() if evaluates else "",
+                )  # fmt: skip
         return None
+
+    def _names_the_version(self) -> bool:
+        """Whether a change or an evaluation must name the newest version before the next batch is taken."""
+        return self._control.has_requests or self._evaluator.begins(self.trained_versions, self._config.versions)
+
+    def _offer(self, taken: int = 0) -> None:
+        """Offer the groups that are admitted. taken: groups in training."""
+        if not self._control.paused_by("offers"):
+            self._tasks.offer(self.version, now=time.monotonic(), taken=taken)
 
     def _adapt(self, *, waited_s: float, now: float) -> None:
         """Adapt the admission to whether the learner waited for the batch that it takes now."""
@@ -224,13 +232,12 @@ class Loop:
         attached = self._route.attach_old_logprobs(
             [row for group in groups for row in group],
             self.version,
-            heartbeat=self._confirm_periodically,
+            heartbeat=self._ownership.confirm_periodically,
             stop=lambda: self._stop.requested or self._control.has_requests,
         )
         if attached is None:
             return None
-        rows = iter(attached)
-        return [[next(rows) for _ in group] for group in groups]
+        return regroup(attached, groups)
 
     def _train(self, batch: list[ReadyGroup[ReceivedTrajectory]], rows: list[list[Row]]) -> None:
         """Train, report, checkpoint and publish one version."""
@@ -244,11 +251,16 @@ class Loop:
             self._ranks.broadcast_object((order,))
 
             def cut() -> None:
-                self._route.cut(now, self._digest, training=training)
+                if self._publishing.wait():  # else the error is raised after the step, which the other ranks take too
+                    if self._offers_wait:
+                        with suppress(Fenced):  # raised by the next `confirm`
+                            self._offer(taken=len(batch))
+                    self._route.cut(now, self._publishing.digest, training=training)
                 self._ranks.broadcast_object(NOTHING)  # ends the scoring of the other ranks, which then step
 
             result = self._trainer.train(order.minibatches, now, before_first_step=cut)
             trained = merge(self._ranks.all_gather_object(result))
+        self._publishing.finish()
         failpoints.reach("learner.after_step")
         self._confirm()
         batch, rows = self._drops.bury_failed(batch, rows, trained.rejected)
@@ -259,11 +271,8 @@ class Loop:
         records = [arrived.record for group in batch for arrived in group.items]
         stale = [arrived.record for group in batch for arrived in group.stale]
         self._report(Batch(now, self.version, records, rows, stale, self._ledger.bound.lowest(now)), trained)
-        if self.trained_versions % self._config.checkpoint.every == 0:
-            with self._phases.of("checkpoint"):
-                self._checkpoint()
-        with self._phases.of("publish"):
-            self._publish()
+        due = self.trained_versions % self._config.checkpoint.every == 0
+        self._publishing.publish(self.version, self._state_now() if due else None, now=time.time())
 
     def _report(self, batch: Batch, trained: StepResult) -> None:
         if self._config.record:
@@ -304,44 +313,37 @@ class Loop:
     def save_checkpoint(self) -> dict[str, Any]:
         """Save a checkpoint of the newest version, unless there is one; see RunControl."""
         saved = self._checkpoint()
-        return {"version": self.version, "digest": self._digest, "nothing_new": not saved}
+        return {"version": self.version, "digest": self._publishing.digest, "nothing_new": not saved}
 
     def cut_now(self) -> dict[str, Any]:
         """Cut all live generations and let the workers go on; see RunControl."""
-        return self._route.cut_now(self.version, self._digest)
+        return self._route.cut_now(self.version, self._publishing.digest)
 
     def request_stop(self) -> None:
         """End the run after a checkpoint; see RunControl."""
         self._stop.request(ExitCode.STOPPED)
 
-    def _publish(self) -> None:
-        failpoints.reach("learner.before_publishing")
-        self._digest = self._publisher.publish(self.version, now=time.time()).digest
-        self._route.published(self.version, self._digest)
+    def _announced(self, version: Version, digest: str) -> None:
+        self._route.published(version, digest)
         failpoints.reach("learner.after_publishing")
-        self.status.published(self.version)
-        kept = self._checkpoints.oldest_version()
-        needed = min(self.version, kept if kept is not None else Version(0))
-        self._publisher.keep_from(self._ledger.bound.lowest(needed))
+        self.status.published(version)
 
-    def _checkpoint(self) -> bool:
+    def close(self) -> None:
+        """Wait a little for a version that is not announced: the learner ends."""
+        self._publishing.close()
+
+    def _state_now(self) -> Checkpoint:
         progress = Progress(
-            schema=SCHEMA, run=self._run, writer=self._writer.epoch, version=self.version, digest=self._digest,
-            trained_versions=self.trained_versions, optimizer_steps=self._policy.steps, ledger=self._ledger.state(),
-            offsets=self._reader.offsets(), task_offsets=self._tasks.offsets(),
+            schema=SCHEMA, run=self._run, writer=self._writer.epoch, version=self.version,
+            digest=self._publishing.digest, trained_versions=self.trained_versions, optimizer_steps=self._policy.steps,
+            ledger=self._ledger.state(), offsets=self._reader.offsets(), task_offsets=self._tasks.offsets(),
             score_offsets=self._tasks.score_offsets(), history_bytes=self._history.length, seconds=self._seconds(),
             control=self._control.state(), evaluation=self._evaluator.state(),
         )  # fmt: skip
-        return self._checkpoints.save(progress, self._policy.state() | self._state.state())
+        return Checkpoint(progress, self._policy.state() | self._state.state())
 
-    def _confirm_periodically(self) -> None:
-        if time.monotonic() - self._confirmed > CONFIRM_S:
-            self._confirm()
-            self._publisher.renew_lease()
-
-    def _confirm(self) -> None:
-        self._writer.confirm()
-        self._confirmed = time.monotonic()
+    def _checkpoint(self) -> bool:
+        return self._publishing.save(self._state_now())
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started

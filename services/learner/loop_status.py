@@ -33,6 +33,11 @@ class LoopStatus:
         before, since = self._waiting
         self._waiting = (what, since if _kind(what) == _kind(before) else time.monotonic())
 
+    def wait_for_batch(self, complete: int, needed: int, *, paused_by: str | None, evaluation: str) -> None:
+        """Set what the loop waits for before it takes a batch. evaluation: the one that must end first, or empty."""
+        trajectories = f"trajectories: {complete} of {needed} groups are complete"
+        self.waiting_for = f"resume: {paused_by} paused the training" if paused_by else evaluation or trajectories
+
     def waited_s(self) -> float | None:
         """Return how long the loop has waited for what it waits for; None during training."""
         what, since = self._waiting

@@ -137,6 +137,7 @@ CHANGEABLE = (
     "learner.logprob_chunk_tokens",
     "learner.activation_checkpointing",
     "learner.sharding",
+    "learner.publishing",
     "learner.proximal.prefetch",
     "learner.canary_trajectories",
     "learner.threads",

@@ -16,6 +16,7 @@ PHASES = (
     ("train", "training, old log-probs included", BLUE),
     ("report", "recording", PURPLE),
     ("publish", "publishing", GREEN),
+    ("publish_wait", "waiting until a version is announced", RED),
     ("checkpoint", "checkpointing", ORANGE),
 )
 

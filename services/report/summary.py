@@ -21,7 +21,7 @@ MEASURES = (
     "behavior_perplexity", "proximal_perplexity", "perplexity_difference", "discrepancy_chi2", "advantage_deviation",
 )  # fmt: skip
 """Measures of a batch whose mean over the versions the summary holds."""
-PHASES = ("wait", "train", "report", "publish", "checkpoint")
+PHASES = ("wait", "train", "report", "publish", "publish_wait", "checkpoint")
 
 
 def write_summary(contents: Contents) -> dict[str, Any]:

@@ -7,6 +7,7 @@ version that sampled it.
 
 import json
 import re
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from palimpsest.common.messages import (
     ControlChanged,
     OldLogprobsComputed,
     SegmentFlushed,
+    VersionPublished,
     decode,
 )
 from palimpsest.common.page.records import overview
@@ -30,7 +32,7 @@ from palimpsest.rescore import Models, rescore
 from tests.page.browser import open_browser
 from tests.processes.waiting import LIMIT_S
 from tests.runs import held_lookup
-from tests.runs.endless import ENDLESS, send, several_versions
+from tests.runs.endless import ENDLESS, end_after_two_versions, send, several_versions
 from tests.runs.run_process import RunProcess, check_ledger, check_whole_groups, history, scripted, wait_for
 
 pytestmark = pytest.mark.servers
@@ -166,6 +168,41 @@ def test_cuts_flush_unfinished_trajectories_and_every_token_is_exact(tmp_path: P
     for line in lines:
         recorded = overview(home / "records", line["version"], limit=1000)
         assert sum(one.removed or 0 for one in recorded) == line["removal"]["removed"] > 0
+    assert all(line["exact"] for line in lines)
+    assert missing(home) == 0
+    assert check_scores(home, starting_model)["tokens"] > 500
+
+
+@pytest.mark.long
+def test_versions_that_a_thread_publishes_are_exact(tmp_path: Path, starting_model: Path) -> None:
+    """Two ranks, a cut and a change by a person; the wait for the thread is a phase."""
+    flags = ("--local.learner_ranks=2", "--learner.proximal.deadline_s=600", "--learner.publishing=background")
+    run, home = interrupted(tmp_path, starting_model, *flags, ENDLESS)
+    try:
+        wait_for(lambda: len(history(home)) >= 2, run, name="the second version")
+        with closing(ControlClient(url_in(home, "learner"))) as learner:
+            cut = send(learner, "POST", "/v1/actions/cut")
+            changed = send(learner, "PATCH", "/v1/settings", {LR: FASTER})
+        last = end_after_two_versions(run, home)
+    except BaseException:
+        run.kill_everything()  # it would train for ever
+        raise
+    code, output = run.finish()
+    assert code == 0, output[-3000:]
+    check_whole_groups(check_ledger(home), groups=last * 4, samples=4)
+    announced = set()
+    for record in records(home, CONTROL):
+        if isinstance(record, VersionPublished):
+            announced.add(record.version)
+        elif isinstance(record, ControlChanged):
+            assert record.version in announced
+    lines = history(home)
+    assert cut["version"] <= changed["version"] < last
+    assert [line["learning_rate"] for line in lines] == [
+        SLOWER if line["version"] < changed["version"] else FASTER for line in lines
+    ]
+    assert sum("publish_wait" in line["phases"] for line in lines) > 0
+    assert all("checkpoint" not in line["phases"] for line in lines)
     assert all(line["exact"] for line in lines)
     assert missing(home) == 0
     assert check_scores(home, starting_model)["tokens"] > 500

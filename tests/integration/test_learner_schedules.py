@@ -14,14 +14,15 @@ import structlog
 from palimpsest.common import failpoints
 from palimpsest.common.messages import CONTROL, group_id
 from palimpsest.common.snapshots.writer import Writer
+from palimpsest.common.versions import Version
 from palimpsest.services.audit.command import run_command
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.evaluation import ledger as evaluation_ledger
 from palimpsest.services.learner.ingest.task_publisher import TaskPublisher
 from palimpsest.services.learner.ingest.trajectory_reader import TrajectoryReader
-from palimpsest.services.learner.loop import Loop
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.observability import history
+from palimpsest.services.learner.publishing.publishing import Checkpoint, Publishing
 from palimpsest.services.rollout.async_consumer import AsyncConsumer
 from palimpsest.services.rollout.record_reader import RecordReader
 from tests.runs.run_process import ROOT
@@ -150,14 +151,14 @@ def the_learner_does_not_confirm_its_lease(patch: Patch) -> None:
 
 
 def a_version_is_announced_before_its_checkpoint(patch: Patch) -> None:
-    save, publish = Loop._checkpoint, Loop._publish
+    publish = Publishing.publish
 
-    def published(self: Loop) -> None:
-        publish(self)
-        save(self)
+    def published(self: Publishing, version: Version, checkpoint: Checkpoint | None, *, now: float) -> None:
+        publish(self, version, None, now=now)
+        if checkpoint is not None:
+            self.save(checkpoint)
 
-    patch.setattr(Loop, "_checkpoint", lambda self: None)
-    patch.setattr(Loop, "_publish", published)
+    patch.setattr(Publishing, "publish", published)
 
 
 def a_step_changes_no_weight(patch: Patch) -> None:

@@ -25,11 +25,16 @@ from tests.simulation.simulated_time import SimulatedLoop, run
 
 
 def run_and_check(
-    seed: int, folder: Path, *, plan: Sequence[Fault] = (), of_worker: Fault | None = None
+    seed: int,
+    folder: Path,
+    *,
+    plan: Sequence[Fault] = (),
+    of_worker: Fault | None = None,
+    publishing: str = "inline",
 ) -> LearnerSchedule:
     """Run a schedule to its end and check the result. Raises AssertionError if a check fails."""
     chances = random.Random(seed)
-    home = configured(folder).run.home
+    home = configured(folder, publishing).run.home
 
     async def main(loop: SimulatedLoop) -> LearnerSchedule:
         schedule = LearnerSchedule(loop, chances, folder, plan=list(plan), of_worker=of_worker, home=home, stored=store)

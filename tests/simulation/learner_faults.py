@@ -36,6 +36,7 @@ learner.groups_per_batch = {groups}
 learner.max_staleness = {staleness}
 learner.canary_trajectories = 2
 learner.checkpoint.keep = 1000
+learner.publishing = "{publishing}"
 learner.proximal.kind = "interruption"
 learner.proximal.deadline_s = 5.0
 learner.discrepancy.band = "off"
@@ -92,13 +93,14 @@ class Table(torch.nn.Module):
         return self.table
 
 
-def configured(folder: Path) -> RunConfig:
-    """Configuration of these runs; the first call writes run.toml as a run does."""
+def configured(folder: Path, publishing: str = "inline") -> RunConfig:
+    """Configuration of these runs; the first call writes run.toml as a run does, and decides its settings."""
     path = folder / "run.toml"
     if not path.exists():
         text = CONFIG.format(
-            run=RUN, folder=folder, samples=SAMPLES, versions=VERSIONS, groups=GROUPS, staleness=STALENESS
-        )
+            run=RUN, folder=folder, samples=SAMPLES, versions=VERSIONS, groups=GROUPS, staleness=STALENESS,
+            publishing=publishing,
+        )  # fmt: skip
         path.write_text(text)
         write(folder / RUN / "run.toml", text.encode())
     return load([str(path)], {}, program="").config

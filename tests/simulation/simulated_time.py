@@ -119,9 +119,10 @@ class Actor:
     def suspend(self, seconds: float) -> None:
         """Pause the actor for `seconds`."""
         self._suspended = True
-        self._loop.call_later(seconds, self._go_on)
+        self._loop.call_later(seconds, self.resume)
 
-    def _go_on(self) -> None:
+    def resume(self) -> None:
+        """End a pause."""
         self._suspended = False
         if self._missed:
             self._missed = False

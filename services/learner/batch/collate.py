@@ -35,6 +35,12 @@ def to_rows(
     return rows
 
 
+def regroup(rows: Sequence[Row], groups: Sequence[Sequence[Row]]) -> list[list[Row]]:
+    """Return the rows in groups of the sizes of `groups`."""
+    left = iter(rows)
+    return [[next(left) for _ in group] for group in groups]
+
+
 def _row(record: TrajectoryFinished, advantage: float, lowest: int) -> Row:
     tokens = unpack_int32(record.tokens)
     versions = token_versions(record.segments, len(tokens))

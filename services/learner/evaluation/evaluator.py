@@ -123,10 +123,14 @@ class Evaluator:
         elif version in self._known and trained > state.trained:
             self._begin(version, trained)
 
+    def begins(self, trained: int, versions: int) -> bool:
+        """Whether `work` would begin an evaluation."""
+        return self._ledger is None and self._settings.is_due(trained, versions) and trained > self._state.trained
+
     def work(self, version: Version, trained: int, versions: int) -> None:
         """Begin, expire or end an evaluation. version: the newest announced; trained: versions trained so far."""
         if self._ledger is None:
-            if self._settings.is_due(trained, versions) and trained > self._state.trained:
+            if self.begins(trained, versions):
                 self._begin(version, trained)
             return
         if self._clock() - self._began > self._settings.time_limit_s and (late := self._ledger.expire()):

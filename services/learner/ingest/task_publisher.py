@@ -56,10 +56,12 @@ class TaskPublisher:
             self._scores.seek(score_offsets)
             self._watermarks.start(score_offsets)
 
-    def offer(self, newest: Version, *, now: float) -> int:
-        """Offer as many groups as the ledger admits, to be sampled by `newest` or later. Return the number of
-        groups."""
-        if slots := self._ledger.free_slots():
+    def offer(self, newest: Version, *, now: float, taken: int = 0) -> int:
+        """Offer as many groups as the ledger admits, to be sampled by `newest` or later. Return the number of groups.
+
+        taken: groups of a batch whose step has not changed the weights; they count as unresolved.
+        """
+        if slots := max(0, self._ledger.free_slots() - taken):
             self._confirm()
             self._watermarks.offer(self._ledger.next_index, self._scores.ends())
         offers = [self._next_offer(newest, now) for _ in range(slots)]

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -12,7 +13,7 @@ from palimpsest.common.logs import logger
 from palimpsest.common.messages import CONTROL, ControlChanged, RunFinished, VersionPublished, encode
 from palimpsest.common.snapshots.chain import ChainCost
 from palimpsest.common.snapshots.client import ParentMissing, ParentWeights, RawTensor, SnapshotClient
-from palimpsest.common.snapshots.manifest import Manifest, Parent
+from palimpsest.common.snapshots.manifest import Canary, Manifest, Parent
 from palimpsest.common.snapshots.writer import Writer
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.model.weights import named_weights, raw_tensors
@@ -21,6 +22,14 @@ from palimpsest.services.learner.publishing.canaries import Canaries
 LEASE = "learner"
 RENEW_S = 3600.0
 """Seconds after which a learner that trains no version takes its lease again. The store ends a lease after a day."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Copies of what a version consists of: later changes of the model do not change them."""
+
+    weights: list[RawTensor]
+    canaries: tuple[Canary, ...]
 
 
 class Publisher:
@@ -39,22 +48,26 @@ class Publisher:
         copied: Callable[[], list[RawTensor]] | None = None,
     ) -> None:
         """copied: returns a copy of the weights in host memory; None: of the model's."""
-        self._copied = copied or (
-            lambda: [replace(each, raw=each.raw.copy()) for each in raw_tensors(named_weights(model))]
-        )
+        self._copied = copied or partial(_copied, model)
         self._clock, self._leased = clock, (Version(0), clock())
         self._bus, self._store, self._writer, self._run = bus, store, writer, run
         self.canaries = canaries
         self._parent: ParentWeights | None = None
         """The version stored last, with a copy of its weights; None at the start: the first version has no parent."""
 
-    def publish(self, version: Version, *, now: float) -> Manifest:
-        """Store the weights, then announce the version. now: Unix time in seconds.
+    def prepare(self) -> Prepared:
+        """Copy the model's weights, and score the canaries with them. Only the loop's thread may call it."""
+        return Prepared(self._copied(), self.canaries.made())
+
+    def publish(self, version: Version, *, now: float, prepared: Prepared | None = None) -> Manifest:
+        """Store the weights, then announce the version. now: Unix time in seconds; prepared: None: the present weights.
+
+        Another thread may call it with what the loop's thread has prepared, one version after the other.
 
         If storing fails, the version is not announced. Raises Fenced if another learner has the run; then the version
         is not announced either.
         """
-        manifest = self._store_version(version)
+        manifest = self._store_version(version, prepared or self.prepare())
         failpoints.reach("learner.before_announcing")
         self._writer.confirm()  # a successor has announced the version that it continues from
         announcement = VersionPublished(
@@ -70,9 +83,9 @@ class Publisher:
         )
         return manifest
 
-    def _store_version(self, version: Version) -> Manifest:
+    def _store_version(self, version: Version, prepared: Prepared) -> Manifest:
         """Store the weights, as a delta to the version that this publisher stored before if that costs less."""
-        weights, canaries, parent = self._copied(), self.canaries.made(), self._parent
+        weights, canaries, parent = prepared.weights, prepared.canaries, self._parent
         try:
             manifest = self._store.put(self._run, version, weights, canaries, writer=self._writer.epoch, parent=parent)
         except ParentMissing as error:

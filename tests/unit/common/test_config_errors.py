@@ -321,6 +321,7 @@ def test_keys_of_an_adapter_are_checked(run: Path, adapter: str, message: str) -
         ("proximal.kind=ppo_ewma_async", 'proximal.kind = "ppo_ewma_async" averages whole models'),
         ("advantages.kind=gae", 'advantages.kind = "gae" trains a whole critic'),
         ("vcpo.baseline=true", "vcpo.baseline takes the gradient of each trajectory"),
+        ("publishing=background", 'publishing = "background" copies a whole model in one process'),
     ],
 )
 def test_what_needs_a_whole_model_is_refused_with_sharding(run: Path, flag: str, reason: str) -> None:

@@ -60,6 +60,14 @@ def test_changed_settings_concern_the_groups_that_are_offered_later(bus: SqliteB
     assert len(ingest.ledger.expire(now=68.1)) == 8
 
 
+def test_groups_of_a_batch_in_training_count_as_unresolved(bus: SqliteBus) -> None:
+    ingest = started(bus)
+    ingest.ledger.expire(now=61.0)  # four places are free, for example of a batch that was taken
+    assert ingest.tasks.offer(Version(0), now=61.0, taken=9) == 0
+    assert ingest.tasks.offer(Version(0), now=61.0, taken=3) == 1
+    assert ingest.tasks.offer(Version(0), now=61.0) == 3
+
+
 def test_a_restart_without_a_checkpoint_adopts_all_offers(bus: SqliteBus) -> None:
     started(bus)
     again = an_ingest(bus)
