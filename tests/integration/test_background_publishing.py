@@ -40,9 +40,10 @@ def quiet(monkeypatch: Patch) -> Iterator[None]:
         yield
 
 
-def run(seed: int, folder: Path, *plan: Fault, of_worker: Fault | None = None) -> LearnerSchedule:
+def run(seed: int, folder: Path, *plan: Fault, of_worker: Fault | None = None, evaluated: int = 3) -> LearnerSchedule:
+    """Without evaluations, which hold the workers, batches are taken later after an announcement."""
     folder.mkdir(exist_ok=True)
-    return run_and_check(seed, folder, plan=plan, of_worker=of_worker, publishing="background")
+    return run_and_check(seed, folder, plan=plan, of_worker=of_worker, publishing="background", evaluated=evaluated)
 
 
 @pytest.mark.parametrize(("place", "kind"), list(zip(LEARNERS, itertools.cycle(FaultKind), strict=False)))
@@ -74,7 +75,7 @@ def test_the_run_survives_random_faults_of_successive_learners(first: int, tmp_p
         plan = [fault([*LEARNERS, *LEARNERS, ANYWHERE], list(FaultKind)) for _ in range(chances.randint(1, 5))]
         worker = fault(WORKERS, [FaultKind.DIE, FaultKind.PAUSE]) if chances.random() < 0.5 else None
         try:
-            run(seed, tmp_path / f"{seed}", *plan, of_worker=worker)
+            run(seed, tmp_path / f"{seed}", *plan, of_worker=worker, evaluated=chances.choice([0, 3]))
         except BaseException as error:
             error.add_note(f"schedule {seed}")
             raise
@@ -146,9 +147,9 @@ RULES: Mapping[Callable[[Patch], None], Fault | None] = {
 def test_removing_a_rule_makes_a_run_fail(without: Callable[[Patch], None], tmp_path: Path, monkeypatch: Patch) -> None:
     without(monkeypatch)
     with pytest.raises((AssertionError, TimeoutError)):
-        run_all(tmp_path, RULES[without])
+        run_all(tmp_path, RULES[without], evaluated=0 if without is scores_do_not_wait else 3)
 
 
-def run_all(folder: Path, fault: Fault | None) -> None:
+def run_all(folder: Path, fault: Fault | None, *, evaluated: int) -> None:
     for seed in range(ENOUGH):
-        run(seed, folder / f"{seed}", *([replace(fault)] if fault else []))
+        run(seed, folder / f"{seed}", *([replace(fault)] if fault else []), evaluated=evaluated)

@@ -30,11 +30,12 @@ def run_and_check(
     *,
     plan: Sequence[Fault] = (),
     of_worker: Fault | None = None,
-    publishing: str = "inline",
+    **settings: Any,
 ) -> LearnerSchedule:
-    """Run a schedule to its end and check the result. Raises AssertionError if a check fails."""
+    """Run a schedule to its end and check the result; settings: see `configured`. Raises AssertionError if a check
+    fails."""
     chances = random.Random(seed)
-    home = configured(folder, publishing).run.home
+    home = configured(folder, **settings).run.home
 
     async def main(loop: SimulatedLoop) -> LearnerSchedule:
         schedule = LearnerSchedule(loop, chances, folder, plan=list(plan), of_worker=of_worker, home=home, stored=store)

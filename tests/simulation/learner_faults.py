@@ -29,7 +29,7 @@ sampling.max_turn_tokens = 4
 sampling.max_trajectory_tokens = 60
 sampling.max_turns = 3
 learner.versions = {versions}
-evaluation.every = 3
+evaluation.every = {evaluated}
 evaluation.tasks = 2
 evaluation.samples = 2
 learner.groups_per_batch = {groups}
@@ -93,13 +93,16 @@ class Table(torch.nn.Module):
         return self.table
 
 
-def configured(folder: Path, publishing: str = "inline") -> RunConfig:
-    """Configuration of these runs; the first call writes run.toml as a run does, and decides its settings."""
+def configured(folder: Path, *, publishing: str = "inline", evaluated: int = 3) -> RunConfig:
+    """Configuration of these runs; the first call writes run.toml as a run does, and decides its settings.
+
+    evaluated: versions between two evaluations, 0 for none.
+    """
     path = folder / "run.toml"
     if not path.exists():
         text = CONFIG.format(
             run=RUN, folder=folder, samples=SAMPLES, versions=VERSIONS, groups=GROUPS, staleness=STALENESS,
-            publishing=publishing,
+            publishing=publishing, evaluated=evaluated,
         )  # fmt: skip
         path.write_text(text)
         write(folder / RUN / "run.toml", text.encode())
