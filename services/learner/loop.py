@@ -271,8 +271,8 @@ class Loop:
         records = [arrived.record for group in batch for arrived in group.items]
         stale = [arrived.record for group in batch for arrived in group.stale]
         self._report(Batch(now, self.version, records, rows, stale, self._ledger.bound.lowest(now)), trained)
-        due = self.trained_versions % self._config.checkpoint.every == 0
-        self._publishing.publish(self.version, self._state_now() if due else None, now=time.time())
+        state = self._state_now() if self.trained_versions % self._config.checkpoint.every == 0 else None
+        self._publishing.publish(self.version, state, now=time.time(), durable=durable)
 
     def _report(self, batch: Batch, trained: StepResult) -> None:
         if self._config.record:

@@ -81,6 +81,18 @@ def test_the_run_survives_random_faults_of_successive_learners(first: int, tmp_p
             raise
 
 
+@pytest.mark.parametrize("every", [2, pytest.param(3, marks=pytest.mark.long)])
+def test_the_run_survives_faults_while_a_checkpoint_is_in_writing(every: int, tmp_path: Path) -> None:
+    """Checkpoints have a thread of their own."""
+    for seed, place in enumerate(("inside_checkpoint", "before_committing", "after_committing", "after_publishing")):
+        for kind in FaultKind:
+            folder = tmp_path / f"{place} {kind.name}"
+            folder.mkdir()
+            fault = Fault(f"learner.{place}", 1, kind)
+            run_and_check(seed, folder, plan=[fault], publishing="background", every=every)
+            assert fault.happened, "the run did not reach the failpoint"
+
+
 def test_every_evaluation_that_is_due_takes_place(tmp_path: Path) -> None:
     run(0, tmp_path)
     assert evaluated(tmp_path) == [0, 3, 5]

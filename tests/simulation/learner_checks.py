@@ -52,7 +52,8 @@ def run_and_check(
         with SnapshotClient(URL) as client:
             store.connect(client)
             training_changed_the_weights(client)
-            nothing_is_trained_on_twice(schedule, client)
+            if schedule.config.learner.checkpoint.every == 1:  # else a crash repeats announced versions
+                nothing_is_trained_on_twice(schedule, client)
             old_logprobs_are_exact(schedule, client)
     return schedule
 

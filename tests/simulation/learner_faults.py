@@ -37,6 +37,7 @@ learner.max_staleness = {staleness}
 learner.canary_trajectories = 2
 learner.checkpoint.keep = 1000
 learner.publishing = "{publishing}"
+learner.checkpoint.every = {every}
 learner.proximal.kind = "interruption"
 learner.proximal.deadline_s = 5.0
 learner.discrepancy.band = "off"
@@ -93,16 +94,16 @@ class Table(torch.nn.Module):
         return self.table
 
 
-def configured(folder: Path, *, publishing: str = "inline", evaluated: int = 3) -> RunConfig:
+def configured(folder: Path, *, publishing: str = "inline", evaluated: int = 3, every: int = 1) -> RunConfig:
     """Configuration of these runs; the first call writes run.toml as a run does, and decides its settings.
 
-    evaluated: versions between two evaluations, 0 for none.
+    evaluated: versions between two evaluations, 0 for none. every: versions between two checkpoints.
     """
     path = folder / "run.toml"
     if not path.exists():
         text = CONFIG.format(
             run=RUN, folder=folder, samples=SAMPLES, versions=VERSIONS, groups=GROUPS, staleness=STALENESS,
-            publishing=publishing, evaluated=evaluated,
+            publishing=publishing, evaluated=evaluated, every=every,
         )  # fmt: skip
         path.write_text(text)
         write(folder / RUN / "run.toml", text.encode())

@@ -5,7 +5,9 @@ next batch and makes its passes. At most one version is not announced: the loop 
 first optimizer step. Until then nothing that others read may name the version (docs/decisions/0027).
 
 With a checkpoint for every version, the same thread commits the checkpoint first, so that no batch of an announced
-version is trained again. The weights and moments stay as they are until the step, so it needs no copy of them.
+version is trained again. The weights and moments stay as they are until the step, so it needs no copy of them. Rarer
+checkpoints have a thread of their own, which writes a copy of the state: they delay neither steps nor versions, and at
+most one is in writing.
 """
 
 from collections.abc import Callable
@@ -38,6 +40,11 @@ class Checkpoint:
     progress: Progress
     tensors: dict[str, torch.Tensor]
 
+    def copied(self) -> "Checkpoint":
+        """Return a copy in host memory, which later steps do not change."""
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors.items()}
+        return Checkpoint(self.progress, tensors)
+
 
 class Publishing:
     """The versions and checkpoints of one loop. The loop's thread calls every method.
@@ -60,6 +67,7 @@ class Publishing:
         self._publisher, self._checkpoints, self._phases = publisher, checkpoints, phases
         self._in_background, self._announced, self._needed = background, announced, needed
         self._versions: Background[Manifest] = Background("publishing")
+        self._saves: Background[bool] = Background("checkpoint")
         self.digest = ""
         """Of the version announced last."""
 
@@ -74,15 +82,21 @@ class Publishing:
         self.digest = manifest.digest
         return manifest.version
 
-    def publish(self, version: Version, checkpoint: Checkpoint | None, *, now: float) -> None:
+    def publish(self, version: Version, checkpoint: Checkpoint | None, *, now: float, durable: bool = True) -> None:
         """Write the checkpoint, if there is one, and publish the model's weights as this version.
 
-        now: Unix time in seconds. Inline, raises what Checkpoints.save and Publisher.publish raise; else `look` does.
+        now: Unix time in seconds. durable: announce the version after the commit of its checkpoint, also in the
+        background. Inline, raises what Checkpoints.save and Publisher.publish raise; else `look` does.
         """
         if self._in_background:
+            if checkpoint is not None:
+                with self._phases.of("checkpoint"):
+                    self._finish_checkpoint()
+                    if not durable:
+                        self._saves.begin(partial(self._save, checkpoint.copied()))
             with self._phases.of("publish"):
                 prepared = self._publisher.prepare()
-            self._versions.begin(partial(self._write, version, prepared, checkpoint, now))
+            self._versions.begin(partial(self._write, version, prepared, checkpoint if durable else None, now))
             return
         if checkpoint is not None:
             with self._phases.of("checkpoint"):
@@ -91,11 +105,14 @@ class Publishing:
             self._note(self._write(version, self._publisher.prepare(), None, now))
 
     def save(self, checkpoint: Checkpoint) -> bool:
-        """Write a checkpoint now. Return whether it was written; see Checkpoints.save."""
-        return self._checkpoints.save(checkpoint.progress, checkpoint.tensors)
+        """Write a checkpoint now, after one in writing. Return whether it was written; see Checkpoints.save."""
+        self._finish_checkpoint()
+        return self._save(checkpoint)
 
     def look(self) -> bool:
-        """Return whether all versions are announced. Raises what failed in the thread, Fenced included."""
+        """Return whether all versions are announced. Raises what failed in a thread, Fenced included."""
+        if self._saves.done:
+            self._saves.collect()
         if self._versions.done:
             self._note(self._versions.collect())
         return not self.pending
@@ -120,20 +137,31 @@ class Publishing:
             return True
         with self._phases.of("publish_wait"):
             succeeded = self._versions.wait()
-        return succeeded and self.look()
+        if succeeded:
+            self._note(self._versions.collect())
+        return succeeded
 
     def close(self) -> None:
-        """Wait a little for the thread: the learner ends. Its error is lost."""
-        self._versions.wait(LAST_WAIT_S)
+        """Wait a little for the threads: the learner ends. Their errors are lost."""
+        for work in (self._versions, self._saves):
+            work.wait(LAST_WAIT_S)
 
     def _write(self, version: Version, prepared: Prepared, checkpoint: Checkpoint | None, now: float) -> Manifest:
         if checkpoint is not None:
-            self.save(checkpoint)
+            self._save(checkpoint)
         failpoints.reach("learner.before_publishing")
         manifest = self._publisher.publish(version, now=now, prepared=prepared)
         kept = self._checkpoints.oldest_version()
         self._publisher.keep_from(self._needed(min(version, kept if kept is not None else Version(0))))
         return manifest
+
+    def _save(self, checkpoint: Checkpoint) -> bool:
+        return self._checkpoints.save(checkpoint.progress, checkpoint.tensors)
+
+    def _finish_checkpoint(self) -> None:
+        """Wait for a checkpoint in writing. Raises what failed."""
+        if self._saves.busy:
+            self._saves.collect()
 
     def _note(self, manifest: Manifest) -> None:
         """The version is announced."""

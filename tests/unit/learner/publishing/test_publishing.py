@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from palimpsest.common.snapshots.fencing import Fenced
 from palimpsest.common.versions import Version
@@ -19,6 +20,7 @@ class Scribe:
 
     def __init__(self, *, fails: bool = False) -> None:
         self.notes: list[str] = []
+        self.saved: list[dict[str, torch.Tensor]] = []
         self.inline = True
         self.go = threading.Event()
         self._fails, self._here = fails, threading.get_ident()
@@ -34,6 +36,7 @@ class Scribe:
         return SimpleNamespace(version=version, digest=f"digest of {version}")
 
     def save(self, progress: Any, tensors: Any) -> bool:
+        self.saved.append(tensors)
         self._note(f"checkpoint {progress}")
         return True
 
@@ -100,6 +103,26 @@ def test_a_failure_in_the_thread_is_raised_in_the_loop_but_not_while_it_waits_to
     with pytest.raises(Fenced):
         ours.finish()
     assert scribe.notes == ["checkpoint of 7", "version 7"]
+
+
+def test_a_checkpoint_that_versions_do_not_wait_for_holds_the_state_of_its_version() -> None:
+    scribe, state = Scribe(), torch.zeros(3)
+    ours = publishing(scribe, background=True)
+    ours.publish(Version(7), Checkpoint(STATE.progress, {"w": state}), now=3.0, durable=False)
+    state += 1.0  # a step
+    scribe.go.set()
+    ours.finish()
+    ours.save(Checkpoint(STATE.progress, {"w": state}))  # waits for the one in writing
+    assert [each["w"].tolist() for each in scribe.saved] == [[0.0] * 3, [1.0] * 3]
+
+
+def test_a_checkpoint_that_fails_in_its_thread_ends_the_learner() -> None:
+    scribe = Scribe(fails=True)
+    ours = publishing(scribe, background=True)
+    ours._saves.begin(lambda: bool(1 / 0))
+    ours._saves.wait()
+    with pytest.raises(ZeroDivisionError):
+        ours.look()
 
 
 def test_the_wait_is_a_phase_of_its_own() -> None:
