@@ -22,7 +22,8 @@ between delta and base, and none is removed: all versions count.
     raw_map                   copying a version from a raw memory map into the model, without a digest
     encode_mb_per_s_core      raw bytes of the versions stored as deltas / processor seconds of their encoding, digests
                               included
-    publish_stall_share       time of a version with publishing / without, minus 1: publishing is on the training path
+    publish_stall_share       time of a version with publishing / without, minus 1, if it is on the training path
+    stall                     the same measured in turns, without canaries: inline, and in a thread beside the passes
 
 Prints one JSON line: settings, a list of cases, and the values of the first rate at the top level.
 """
@@ -45,13 +46,14 @@ import torch
 from blake3 import blake3
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from bench.publish_stall import publish_stall
 from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.common.service import Server
 from palimpsest.common.snapshots.chain import ChainCost
 from palimpsest.common.snapshots.client import ParentWeights, RawTensor, SnapshotClient
 from palimpsest.common.snapshots.codec import decode_base, encode_base
 from palimpsest.common.snapshots.encoding import encode_version
-from palimpsest.common.snapshots.manifest import ITEMSIZE, Parent, seal
+from palimpsest.common.snapshots.manifest import ITEMSIZE, Manifest, Parent, seal
 from palimpsest.common.snapshots.walker import Walker
 from palimpsest.common.snapshots.writer import Writer
 from palimpsest.common.versions import Version
@@ -122,15 +124,19 @@ def _case(rate: float, options: argparse.Namespace) -> dict[str, Any]:
         store = stack.enter_context(SnapshotClient(f"http://127.0.0.1:{server.port}"))
         versions = _Published(store)
         steps, publishes = [], []
+
+        def passes() -> None:
+            if options.gradients == "model":
+                batch = torch.randint(options.vocabulary, (2, options.tokens // 2), generator=tokens)
+                model(input_ids=batch, labels=batch).loss.backward()
+            else:
+                for gradient in policy.gradients():
+                    gradient.normal_(std=1e-3, generator=tokens)
+
         for version in range(options.versions):
             began = time.perf_counter()
             if version:
-                if options.gradients == "model":
-                    batch = torch.randint(options.vocabulary, (2, options.tokens // 2), generator=tokens)
-                    model(input_ids=batch, labels=batch).loss.backward()
-                else:
-                    for gradient in policy.gradients():
-                        gradient.normal_(std=1e-3, generator=tokens)
+                passes()
                 policy.step()
             trained = time.perf_counter()
             published_s = versions.publish(Version(version), model)
@@ -139,6 +145,7 @@ def _case(rate: float, options: argparse.Namespace) -> dict[str, Any]:
                 publishes.append(published_s)
         hops = versions.hops(_model(options))
         resident = versions.resident(model, policy)
+        stall = publish_stall(passes, lambda: policy.step(), lambda: _copied(model), versions.store_next)
     raw = versions.raw_bytes
     as_built = _as_built(versions.last, model)
     parameters = sum(p.numel() for p in model.parameters())
@@ -168,7 +175,12 @@ def _case(rate: float, options: argparse.Namespace) -> dict[str, Any]:
         "version_s": round(median(steps), 4),
         "publish_s": round(median(publishes), 4),
         "publish_stall_share": round(median(publishes) / median(steps), 4),
+        "stall": stall,
     }
+
+
+def _copied(model: torch.nn.Module) -> list[RawTensor]:
+    return [replace(tensor, raw=tensor.raw.copy()) for tensor in raw_tensors(named_weights(model))]
 
 
 class _Published:
@@ -187,20 +199,27 @@ class _Published:
 
     def publish(self, version: Version, model: torch.nn.Module) -> float:
         """Store the model's weights; see Publisher. Returns the seconds, without those of the counts."""
-        began = time.perf_counter()
-        weights = [replace(tensor, raw=tensor.raw.copy()) for tensor in raw_tensors(named_weights(model))]
-        parent = self._parent
-        manifest = self._store.put("bench", version, weights, (), writer=self._writer.epoch, parent=parent)
-        cost = (parent.cost if parent else ChainCost(manifest.object_size)).after(manifest)
+        began, parent = time.perf_counter(), self._parent
+        manifest = self._put(version, weights := _copied(model))
         seconds = time.perf_counter() - began
         self.raw_bytes = sum(len(tensor.raw) for tensor in weights)
         self.stored += manifest.object_size + len(seal(manifest))
         self.bases += manifest.parent is None
         self._count(weights, parent, delta=manifest.object_size if manifest.parent else None)
-        own = {tensor.name: tensor.raw for tensor in weights}
-        self._parent = ParentWeights(Parent(version, manifest.digest), own, cost)
-        self.last, self._newest = weights, version
+        self.last = weights
         return seconds
+
+    def store_next(self, weights: list[RawTensor]) -> None:
+        """Store a version that the counts leave out."""
+        self._put(Version(self._newest + 1), weights)
+
+    def _put(self, version: Version, weights: list[RawTensor]) -> Manifest:
+        parent = self._parent
+        manifest = self._store.put("bench", version, weights, (), writer=self._writer.epoch, parent=parent)
+        cost = (parent.cost if parent else ChainCost(manifest.object_size)).after(manifest)
+        own = {tensor.name: tensor.raw for tensor in weights}
+        self._parent, self._newest = ParentWeights(Parent(version, manifest.digest), own, cost), version
+        return manifest
 
     def _count(self, weights: list[RawTensor], parent: ParentWeights | None, *, delta: int | None) -> None:
         """Count the changed weights, and time the encoding again on one thread for the first versions."""

@@ -197,4 +197,7 @@ def test_versions_as_deltas(gradients: str) -> None:
     (case,) = figures["cases"]
     assert figures["stored_ratio"] == case["stored_ratio"] == round(case["full_bytes"] / case["stored_bytes"], 2)
     assert case["bases"] >= 1
+    assert {f"{what}_{way}" for what in ("version_s", "stall_share") for way in ("inline", "background")} <= case[
+        "stall"
+    ].keys()
     assert 0 < case["changed_share"] < 1
