@@ -74,6 +74,11 @@ class SnapshotSource:
             policy=self._missing, why=MissingReason.VERSION_GONE, misses=self._misses,
         )  # fmt: skip
 
+    def expect(self, version: Version) -> None:
+        """Prepare for tokens of this version, the newest that the next batch may need a copy for."""
+        if self._shadow is not None:
+            self._shadow.expect(version)
+
     def _model_at(self, version: Version) -> torch.nn.Module:
         """Return the shadow with this version's weights.
 

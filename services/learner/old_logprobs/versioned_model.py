@@ -4,6 +4,7 @@ from typing import Protocol
 
 import torch
 
+from palimpsest.common.snapshots.ahead import FetchAhead
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.snapshots.manifest import Damaged
 from palimpsest.common.snapshots.walker import Walker
@@ -26,13 +27,17 @@ class MovableModel(Protocol):
     def load_version(self, version: Version) -> bool:
         """See VersionedModel."""
 
+    def expect(self, version: Version) -> None:
+        """See VersionedModel."""
+
 
 class VersionedModel:
     """A model and the version whose weights it holds."""
 
     def __init__(self, model: torch.nn.Module, store: SnapshotClient) -> None:
         self.model = model
-        self._walker = Walker(store, EditableModel(model))
+        self._ahead = FetchAhead(store)
+        self._walker = Walker(self._ahead, EditableModel(model))
 
     @property
     def version(self) -> Version | None:
@@ -56,6 +61,11 @@ class VersionedModel:
         except (Damaged, ValueError) as error:
             raise damaged(version, error) from None
         return True
+
+    def expect(self, version: Version) -> None:
+        """Fetch in a thread what a move to this version will need. A failure changes nothing."""
+        if self.version is not None:
+            self._ahead.begin(self.version, version)
 
 
 def damaged(version: Version, error: Exception) -> UserError:

@@ -38,6 +38,9 @@ class VersionedShards:
         """None before the first load, and during a load."""
         return self._walker.manifest.version if self._walker.manifest is not None else None
 
+    def expect(self, version: Version) -> None:
+        """See MovableModel. Nothing: each rank reads its own slices."""
+
     def load_version(self, version: Version) -> bool:
         """Move to this version's weights; return False if the model holds them already.
 

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from palimpsest.common.versions import Version
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.losses.entropy import EntropyHistory
 from palimpsest.services.learner.model.critic import Critic
 from palimpsest.services.learner.old_logprobs.missing import MissingCounter
+from palimpsest.services.learner.old_logprobs.snapshot_source import SnapshotSource
 from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
 from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
 from palimpsest.services.learner.proximal.types import Source, StatefulSource
@@ -37,6 +39,12 @@ class TrainingState:
     entropies: EntropyHistory = field(default_factory=EntropyHistory)
     misses: MissingCounter = field(default_factory=MissingCounter)
     """Counts tokens without an old log-prob."""
+
+    def expect(self, version: Version) -> None:
+        """Tell the sources that the next batch may have tokens of this version, which the store holds."""
+        for source in (self.source, self.auditor):
+            if isinstance(source, SnapshotSource):
+                source.expect(version)
 
     @property
     def stateful_source(self) -> StatefulSource | None:

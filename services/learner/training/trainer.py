@@ -122,6 +122,7 @@ class Trainer:
             sums.normalizers.append(passed.bounds.normalizer)
         totals = TokenTotals.summed(self._ranks.all_gather_object(TokenTotals.of(results, now, sums)))
         self._update_state(totals, now)
+        self._state.expect(now)
         if self._device.type == "cpu":
             trim_heap()
         return StepResult(

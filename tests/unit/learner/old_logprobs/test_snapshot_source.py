@@ -14,6 +14,7 @@ import torch
 
 from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.common.config.proximal import MissingPolicy
+from palimpsest.common.snapshots.ahead import FetchAhead
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import UNTRAINABLE, Version
@@ -24,6 +25,7 @@ from palimpsest.services.learner.model.weights import named_weights, raw_tensors
 from palimpsest.services.learner.old_logprobs.missing import MissingCounter
 from palimpsest.services.learner.old_logprobs.snapshot_source import SnapshotSource
 from palimpsest.services.learner.proximal.types import Exact, Patched
+from palimpsest.services.learner.training.state import TrainingState
 from tests.learner_parts.models import CPU, canaries, load, logprobs, perturb
 from tests.records.builders import a_row
 
@@ -126,6 +128,16 @@ def test_each_version_is_loaded_once_for_all_micro_batches(versions: Versions) -
     assert versions.loads == [0, 1]
     versions.source.proximal(batches, NOW)  # the versioned model starts with its resident version
     assert versions.loads == [0, 1, 0]
+
+
+def test_the_version_that_becomes_old_is_fetched_ahead(versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[tuple[int, int]] = []
+    monkeypatch.setattr(FetchAhead, "begin", lambda self, held, target: begun.append((held, target)))
+    state = TrainingState(versions.source)
+    state.expect(NOW)  # no copy has been needed
+    versions.source.proximal([pad(mixed_rows())], NOW)
+    state.expect(NOW)
+    assert begun == [(1, 2)]
 
 
 def test_18_5_scoring_does_not_change_the_model_in_training_or_its_optimizer(versions: Versions) -> None:
