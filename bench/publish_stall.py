@@ -14,7 +14,7 @@ P = TypeVar("P")
 
 
 def publish_stall(
-    passes: Callable[[], None], step: Callable[[], None], prepare: Callable[[], P], store: Callable[[P], object]
+    passes: Callable[[], object], step: Callable[[], object], prepare: Callable[[], P], store: Callable[[P], object]
 ) -> dict[str, float]:
     """Train versions without publishing, with it inline, and with it in a thread; return the medians and shares.
 
