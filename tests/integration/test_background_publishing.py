@@ -14,7 +14,7 @@ from palimpsest.common.control.desk import ControlDesk
 from palimpsest.common.snapshots.manifest import Manifest
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.loop import Loop
-from palimpsest.services.learner.publishing.publisher import Prepared
+from palimpsest.services.learner.publishing.publisher import PreparedVersion
 from palimpsest.services.learner.publishing.publishing import Checkpoint, Naming, Publishing
 from tests.simulation.cut_schedules import slow_polling
 from tests.simulation.learner_checks import run_and_check
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.thorough
 
 LEARNERS = [place for place in places() if place.startswith("learner.") and not place.endswith("_shards")]
 WORKERS = [place for place in places() if place.startswith("rollout.")]
-CHUNK = 8
-CHUNKS = [0, *(pytest.param(first, marks=pytest.mark.long) for first in range(CHUNK, 320, CHUNK))]
+CHUNK = 5
+CHUNKS = [0, *(pytest.param(first, marks=pytest.mark.long) for first in range(CHUNK, 300, CHUNK))]
 """First seed of each chunk."""
 ENOUGH = 10
 """Runs within which the removal of a rule must show."""
@@ -82,15 +82,17 @@ def test_the_run_survives_random_faults_of_successive_learners(first: int, tmp_p
 
 
 @pytest.mark.parametrize("every", [2, pytest.param(3, marks=pytest.mark.long)])
-def test_the_run_survives_faults_while_a_checkpoint_is_in_writing(every: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [("inside_checkpoint", FaultKind.DIE), ("before_committing", FaultKind.PAUSE), ("after_publishing", FaultKind.DIE)],
+)
+def test_the_run_survives_a_fault_while_a_checkpoint_is_in_writing(
+    place: str, kind: FaultKind, every: int, tmp_path: Path
+) -> None:
     """Checkpoints have a thread of their own."""
-    for seed, place in enumerate(("inside_checkpoint", "before_committing", "after_committing", "after_publishing")):
-        for kind in FaultKind:
-            folder = tmp_path / f"{place} {kind.name}"
-            folder.mkdir()
-            fault = Fault(f"learner.{place}", 1, kind)
-            run_and_check(seed, folder, plan=[fault], publishing="background", every=every)
-            assert fault.happened, "the run did not reach the failpoint"
+    fault = Fault(f"learner.{place}", 1, kind)
+    run_and_check(every, tmp_path, plan=[fault], publishing="background", every=every)
+    assert fault.happened, "the run did not reach the failpoint"
 
 
 def test_every_evaluation_that_is_due_takes_place(tmp_path: Path) -> None:
@@ -134,7 +136,7 @@ def a_version_is_announced_before_its_checkpoint(patch: Patch) -> None:
     write = Publishing._write
 
     def written(
-        self: Publishing, version: Version, prepared: Prepared, checkpoint: Checkpoint | None, now: float
+        self: Publishing, version: Version, prepared: PreparedVersion, checkpoint: Checkpoint | None, now: float
     ) -> Manifest:
         manifest = write(self, version, prepared, None, now)
         if checkpoint is not None:

@@ -25,7 +25,7 @@ RENEW_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedVersion:
     """Copies of what a version consists of: later changes of the model do not change them."""
 
     weights: list[RawTensor]
@@ -55,11 +55,11 @@ class Publisher:
         self._parent: ParentWeights | None = None
         """The version stored last, with a copy of its weights; None at the start: the first version has no parent."""
 
-    def prepare(self) -> Prepared:
+    def prepare(self) -> PreparedVersion:
         """Copy the model's weights, and score the canaries with them. Only the loop's thread may call it."""
-        return Prepared(self._copied(), self.canaries.made())
+        return PreparedVersion(self._copied(), self.canaries.made())
 
-    def publish(self, version: Version, *, now: float, prepared: Prepared | None = None) -> Manifest:
+    def publish(self, version: Version, *, now: float, prepared: PreparedVersion | None = None) -> Manifest:
         """Store the weights, then announce the version. now: Unix time in seconds; prepared: None: the present weights.
 
         Another thread may call it with what the loop's thread has prepared, one version after the other.
@@ -83,7 +83,7 @@ class Publisher:
         )
         return manifest
 
-    def _store_version(self, version: Version, prepared: Prepared) -> Manifest:
+    def _store_version(self, version: Version, prepared: PreparedVersion) -> Manifest:
         """Store the weights, as a delta to the version that this publisher stored before if that costs less."""
         weights, canaries, parent = prepared.weights, prepared.canaries, self._parent
         try:

@@ -23,7 +23,7 @@ from palimpsest.common.versions import Version
 from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints
 from palimpsest.services.learner.checkpointing.manifest import Progress
 from palimpsest.services.learner.publishing.background import Background
-from palimpsest.services.learner.publishing.publisher import Prepared, Publisher
+from palimpsest.services.learner.publishing.publisher import PreparedVersion, Publisher
 from palimpsest.services.learner.timing import PhaseTimer
 
 LAST_WAIT_S = 30.0
@@ -89,7 +89,7 @@ class Publishing:
         background. Inline, raises what Checkpoints.save and Publisher.publish raise; else `look` does.
         """
         if self._in_background:
-            if checkpoint is not None:
+            if checkpoint is not None and (self._saves.busy or not durable):
                 with self._phases.of("checkpoint"):
                     self._finish_checkpoint()
                     if not durable:
@@ -146,7 +146,9 @@ class Publishing:
         for work in (self._versions, self._saves):
             work.wait(LAST_WAIT_S)
 
-    def _write(self, version: Version, prepared: Prepared, checkpoint: Checkpoint | None, now: float) -> Manifest:
+    def _write(
+        self, version: Version, prepared: PreparedVersion, checkpoint: Checkpoint | None, now: float
+    ) -> Manifest:
         if checkpoint is not None:
             self._save(checkpoint)
         failpoints.reach("learner.before_publishing")
