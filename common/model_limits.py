@@ -58,6 +58,7 @@ def refuse_limits(config: RunConfig) -> None:
     path = config.model.path
     values = _read(Path(path) / "config.json")
     refuse_attention(path, config.model.attention, values)
+    refuse_layout(path, config.learner.layout, config.model.attention, values)
     rows, tokenizer = text_values(values).get("vocab_size"), tokenizer_ids(Path(path))
     if isinstance(rows, int) and tokenizer is not None:
         # The worker, which reads the template that replaces the model's, examines that one.
@@ -116,6 +117,29 @@ def refuse_attention(path: str, attention: str, values: Mapping[str, Any]) -> No
         raise UserError(
             f"model.attention is sdpa, which ignores the soft cap of attention scores of the model in {path} "
             f'({SOFT_CAP} {cap} in config.json). Set model.attention = "eager", or "flash_attention_2" on a GPU'
+        )
+
+
+def refuse_layout(path: str, layout: str, attention: str, values: Mapping[str, Any]) -> None:
+    """Raise UserError if the model's attention is not causal attention within a row, which packed rows need.
+
+    layout: learner.layout; attention: model.attention; values: of the model's config.json.
+    """
+    if layout != "packed":
+        return
+    text = text_values(values)
+    kinds = sorted(set(text.get("layer_types") or ()) - {"full_attention"})
+    if text.get("sliding_window") and text.get("use_sliding_window") is not False and not text.get("layer_types"):
+        kinds.append("sliding_window")
+    if kinds:
+        raise UserError(
+            f'learner.layout is "packed", which the model in {path} ({values.get("model_type")}) does not support: '
+            f'{kinds[0]} in config.json. Set learner.layout = "padded"'
+        )
+    if attention == "eager":
+        raise UserError(
+            'learner.layout is "packed", and model.attention = "eager" cannot compute packed rows. Set '
+            'model.attention = "sdpa", or learner.layout = "padded"'
         )
 
 

@@ -14,7 +14,7 @@ palimpsest/rescore_command.py is the command.
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ import torch
 from minio import Minio
 from minio.credentials.providers import EnvAWSProvider
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging
 
 from palimpsest.common.snapshots.frames import Hashed, RawTensor
@@ -39,6 +40,8 @@ TRAINING_PASS = -2
 """In records: the forward pass of the training gave the old log-prob."""
 CHUNK_TOKENS = 1024
 """Default of learner.logprob_chunk_tokens."""
+ROWS = "rescore_within_rows"
+"""Name under which transformers knows the attention within packed rows."""
 
 
 class Lacking(Exception):
@@ -50,10 +53,11 @@ def main(run: Path, config: dict[str, Any], model: str | None, every: int) -> di
     torch.set_num_threads(config.get("learner", {}).get("threads", 1))  # the order of sums depends on it
     logging.disable_progress_bar()
     path, attention = model or config["model"]["path"], config["model"]["attention"]
-    chunk = config.get("learner", {}).get("logprob_chunk_tokens", CHUNK_TOKENS)
+    learner = config.get("learner", {})
+    chunk, packed = learner.get("logprob_chunk_tokens", CHUNK_TOKENS), learner.get("layout") == "packed"
     with tempfile.TemporaryDirectory() as folder:
         store = snapshots(run, config, Path(folder))
-        return rescore(run / "records", Models(store, path, attention, chunk), every)
+        return rescore(run / "records", Models(store, path, attention, chunk, packed=packed), every)
 
 
 def snapshots(run: Path, config: dict[str, Any], folder: Path) -> Path:
@@ -75,9 +79,12 @@ def snapshots(run: Path, config: dict[str, Any], folder: Path) -> Path:
 class Models:
     """Loads stored versions as plain models. Memory holds one model at a time."""
 
-    def __init__(self, store: Path, path: str, attention: str, chunk: int = CHUNK_TOKENS) -> None:
-        """chunk: learner.logprob_chunk_tokens of the run."""
-        self._store, self._path, self._attention, self._chunk = store, path, attention, chunk
+    def __init__(
+        self, store: Path, path: str, attention: str, chunk: int = CHUNK_TOKENS, *, packed: bool = False
+    ) -> None:
+        """chunk: learner.logprob_chunk_tokens of the run; packed: whether learner.layout is "packed"."""
+        self._store, self._path, self._chunk, self.packed = store, path, chunk, packed
+        self._attention = within_rows(attention) if packed else attention
         self._loaded: tuple[int, Any] | None = None
 
     def __call__(self, version: int) -> Any:
@@ -136,14 +143,53 @@ def in_chunks(head: Callable[[torch.Tensor], torch.Tensor], chunk: int) -> Calla
     return forward
 
 
+def within_rows(attention: str) -> str:
+    """Return the name of an attention that keeps packed rows apart: on a CPU one call of `sdpa` for each row."""
+    if attention != "sdpa":
+        return attention
+    AttentionInterface.register(ROWS, attend_within_rows)
+    return ROWS
+
+
+def attend_within_rows(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, **options: Any
+) -> tuple[torch.Tensor, None]:
+    """Attention of transformers' interface."""
+    lengths = options.pop("cu_seq_lens_q").diff().tolist()
+    parts = zip(*(each.split(lengths, dim=2) for each in (query, key, value)), strict=True)
+    return torch.cat([sdpa_attention_forward(module, *part, mask, **options)[0] for part in parts], dim=1), None
+
+
 @torch.no_grad()
-def score(model: Any, tokens: np.ndarray, temperatures: np.ndarray) -> np.ndarray:
-    """Return log pi of every token given the tokens before it, 0 for the first one. [rows, length], nats"""
+def score(model: Any, tokens: np.ndarray, temperatures: np.ndarray, lengths: Sequence[int] | None = None) -> np.ndarray:
+    """Return log pi of every token given the tokens before it, 0 for the first one. [rows, length], nats
+
+    lengths: of packed rows. Padding gets 0.
+    """
+    if lengths is not None:
+        return score_packed(model, tokens, temperatures, lengths)
     rows = torch.from_numpy(tokens)
     logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
     logprobs = (logits / torch.from_numpy(temperatures)[:, :, None]).log_softmax(-1)
     chosen = logprobs.gather(-1, rows[:, 1:, None])[..., 0].numpy()
     return np.concatenate([np.zeros((len(tokens), 1), dtype=np.float32), chosen], axis=1)
+
+
+def score_packed(model: Any, tokens: np.ndarray, temperatures: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
+    """`score` of rows one after another in one sequence, as the learner packs them."""
+    starts = torch.tensor(np.concatenate(([0], np.cumsum(lengths))), dtype=torch.int32)
+    packed = torch.from_numpy(np.concatenate([row[:length] for row, length in zip(tokens, lengths, strict=True)]))
+    logits = model(
+        input_ids=packed[None], position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=max(lengths), max_length_k=max(lengths),
+        use_cache=False,
+    ).logits[0].float()  # fmt: skip
+    scored = np.zeros(tokens.shape, dtype=np.float32)
+    for row, (start, length) in enumerate(zip(starts[:-1].tolist(), lengths, strict=True)):
+        own = logits[start : start + length - 1] / torch.tensor(temperatures[row])
+        chosen = own.log_softmax(-1).gather(-1, packed[start + 1 : start + length, None])[:, 0]
+        scored[row, 1:length] = chosen.numpy()
+    return scored
 
 
 def rescore(records: Path, models: Models, every: int = 1) -> dict[str, Any]:
@@ -159,8 +205,8 @@ def rescore(records: Path, models: Models, every: int = 1) -> dict[str, Any]:
         present = sorted({int(v) for batch in batches for v in np.unique(batch["versions"])} - {UNTRAINABLE})
         versions.update(present)
         for version in present:
-            for tokens, temperatures, recorded in passes(batches, version):
-                scored = score(models(version), tokens, temperatures)
+            for tokens, temperatures, recorded, lengths in passes(batches, version):
+                scored = score(models(version), tokens, temperatures, lengths if models.packed else None)
                 chosen = ~np.isnan(recorded)
                 same, unequal = same + int(chosen.sum()), unequal + int((scored[chosen] != recorded[chosen]).sum())
             for batch in batches:
@@ -168,8 +214,9 @@ def rescore(records: Path, models: Models, every: int = 1) -> dict[str, Any]:
                 for row in np.flatnonzero(own.any(axis=1)):
                     length, chosen = batch["lengths"][row], own[row]
                     single = np.zeros(len(chosen), np.float32)
+                    only = batch["tokens"][row : row + 1, :length]
                     single[:length] = score(
-                        models(version), batch["tokens"][row : row + 1, :length], batch["temperatures"][[row]]
+                        models(version), only, batch["temperatures"][[row]], [int(length)] if models.packed else None
                     )[0]
                     alone.append(np.abs(single[chosen] - batch["proximal"][row][chosen]))
                     staleness = int(batch["now"]) - version
@@ -192,15 +239,21 @@ def rescore(records: Path, models: Models, every: int = 1) -> dict[str, Any]:
     }
 
 
-def passes(batches: list[dict[str, Any]], version: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def passes(
+    batches: list[dict[str, Any]], version: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]]:
     """Iterate over the learner's passes that gave old log-probs of this version.
 
-    Yields tokens, temperatures, and the recorded values, NaN where the pass gave none; [rows, length] and [rows, 1].
+    Yields tokens, temperatures, and the recorded values, NaN where the pass gave none; [rows, length] and [rows, 1];
+    and the tokens of each row.
     """
     for batch in batches:  # the training's own passes: complete micro-batches
         own = (batch["passes"] == TRAINING_PASS) & (batch["versions"] == version) & batch["exact"]
         if own.any():
-            yield batch["tokens"], batch["temperatures"], np.where(own, batch["proximal"], np.nan)
+            yield (
+                batch["tokens"], batch["temperatures"], np.where(own, batch["proximal"], np.nan),
+                batch["lengths"].tolist(),
+            )  # fmt: skip
     rows = defaultdict(list)
     for batch in batches:
         own = (batch["versions"] == version) & batch["exact"]
@@ -218,7 +271,8 @@ def passes(batches: list[dict[str, Any]], version: int) -> Iterator[tuple[np.nda
         recorded = np.full(tokens.shape, np.nan, np.float32)
         for i, (length, _, batch, row, values) in enumerate(together):
             tokens[i, :length], recorded[i, :length] = batch["tokens"][row, :length], values
-        yield tokens, np.concatenate([batch["temperatures"][[row]] for _, _, batch, row, _ in together]), recorded
+        temperatures = np.concatenate([batch["temperatures"][[row]] for _, _, batch, row, _ in together])
+        yield tokens, temperatures, recorded, [length for length, *_ in together]
 
 
 def micro_batches(path: Path) -> list[dict[str, Any]]:

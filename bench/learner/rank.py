@@ -1,4 +1,7 @@
-"""One rank of `python -m bench learner`: python -m bench.learner.rank MODE MODEL RESULT ROWS LENGTH VOCABULARY STEPS"""
+"""One rank of `python -m bench learner`: python -m bench.learner.rank MODE MODEL RESULT TASK
+
+TASK is a JSON object: lengths (tokens of each row), micro_batch_tokens, vocabulary, steps.
+"""
 
 import json
 import math
@@ -6,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +23,7 @@ from palimpsest.common.config.learner import LearnerConfig, OptimizerConfig
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.distributed import ProcessGroup
-from palimpsest.services.learner.model.policy import load_model
+from palimpsest.services.learner.model.policy import checkpoint_activations, load_model
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason
 from palimpsest.services.learner.old_logprobs.precomputed_source import PrecomputedSource
@@ -32,22 +35,28 @@ from palimpsest.services.learner.training.trainer import Trainer
 PROMPT = 8
 """First tokens of a row, which are not trained on."""
 RATE = 1e-6
+SHARDED, PACKED = ("sharded", "long"), ("packed", "long")
+"""Modes of the learner; the bare loop is sharded by code of its own."""
 Step = Callable[[], object]
 
 
-def main(mode: str, model: str, result: Path, rows: int, length: int, vocabulary: int, steps: int) -> None:
+def main(mode: str, model: str, result: Path, task: dict[str, Any]) -> None:
     """Measure one mode; rank 0 writes the largest values of the ranks."""
     torch.set_num_threads(1)
-    ranks = ProcessGroup(equal_passes=mode != "replicated")
+    ranks = ProcessGroup(equal_passes=mode in SHARDED)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before = _memory("VmRSS")
-    batch = _rows(rows, length, vocabulary)
-    step = _bare(model, batch, ranks) if mode == "bare" else _learner(mode, model, batch, ranks)
+    batch = _rows(task["lengths"], task["vocabulary"])
+    step = (
+        _bare(model, batch, ranks)
+        if mode == "bare"
+        else _learner(mode, model, batch, ranks, micro_batch_tokens=task["micro_batch_tokens"])
+    )
     step()
     with _Sent(ranks.size) as sent:
         step()
     seconds = []
-    for _ in range(steps):
+    for _ in range(task["steps"]):
         dist.barrier()
         began = time.perf_counter()
         step()
@@ -59,34 +68,39 @@ def main(mode: str, model: str, result: Path, rows: int, length: int, vocabulary
     ranks.close()
 
 
-def _rows(rows: int, length: int, vocabulary: int) -> list[Row]:
+def _rows(lengths: list[int], vocabulary: int) -> list[Row]:
     numbers = np.random.default_rng(0)
-    versions = np.zeros(length, dtype=np.int32)
-    versions[:PROMPT] = -1
     return [
         Row(
             trajectory=str(i), tokens=numbers.integers(0, 1000, length, dtype=np.int32),
-            versions=versions, behavior=np.full(length, -math.log(vocabulary), dtype=np.float32),
+            versions=np.where(np.arange(length) < PROMPT, -1, 0).astype(np.int32),
+            behavior=np.full(length, -math.log(vocabulary), dtype=np.float32),
             temperature=1.0, advantage=float(i % 2) - 0.5, reward=0.0, success=False,
         )
-        for i in range(rows)
+        for i, length in enumerate(lengths)
     ]  # fmt: skip
 
 
-def _learner(mode: str, model: str, batch: list[Row], ranks: ProcessGroup) -> Step:
-    length = len(batch[0].tokens)
-    config = LearnerConfig(versions=1, micro_batch_tokens=length, optimizer=OptimizerConfig(lr=RATE))
+def _learner(mode: str, model: str, batch: list[Row], ranks: ProcessGroup, *, micro_batch_tokens: int) -> Step:
+    layout: Literal["padded", "packed"] = "packed" if mode in PACKED else "padded"
+    config = LearnerConfig(
+        versions=1, micro_batch_tokens=micro_batch_tokens, optimizer=OptimizerConfig(lr=RATE), layout=layout
+    )
     policy: TrainablePolicy
-    if mode == "sharded":
-        files = ModelFiles(model, "sdpa", init_device_mesh("cpu", (ranks.size,)), ranks.device)
+    if mode in SHARDED:
+        mesh = init_device_mesh("cpu", (ranks.size,))
+        files = ModelFiles(model, "sdpa", mesh, ranks.device, layout=layout)
         policy = ShardedPolicy(files.build(holds=torch.float32, trains=True), config.optimizer, ranks)
+        if mode == "long":
+            policy.model(checkpoint_activations)
     else:
-        policy = TrainablePolicy(load_model(model, ranks.device, "sdpa"), config.optimizer)
+        policy = TrainablePolicy(load_model(model, ranks.device, "sdpa", layout=layout), config.optimizer)
     source = PrecomputedSource(
-        policy.model, ranks.device, max_tokens=length, missing="fail", why=MissingReason.NOT_SCORED,
+        policy.model, ranks.device, max_tokens=micro_batch_tokens, missing="fail", why=MissingReason.NOT_SCORED,
         misses=MissingCounter(), ranks=ranks,
     )  # fmt: skip
-    trainer = Trainer(policy, TrainingState(source), ranks, config, length=length, seed=0)
+    longest = max(len(row.tokens) for row in batch)
+    trainer = Trainer(policy, TrainingState(source), ranks, config, length=longest, seed=0)
     return lambda: trainer.train([batch], Version(0))
 
 
@@ -141,4 +155,4 @@ def _memory(field: str) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), *map(int, sys.argv[4:8]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4]))

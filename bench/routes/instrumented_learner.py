@@ -226,6 +226,7 @@ def learn(config: RunConfig, pipe: Connection) -> None:
             ranks.device,
             config.model.attention,
             logprob_chunk_tokens=config.learner.logprob_chunk_tokens,
+            layout=config.learner.layout,
         ),
         config.learner.optimizer,
     )

@@ -82,7 +82,11 @@ class LearnerConfig(Service):
     groups until the batch is full, which biases what the batch shows (docs/algorithms/admission.md)."""
     micro_batch_tokens: Positive = 16384
     """Maximum number of tokens in one forward pass, padding included. Rows of similar length share a pass: the split
-    into passes minimizes padding."""
+    into passes minimizes padding, or with packed rows the number of passes."""
+    layout: Literal["padded", "packed"] = "padded"
+    """Layout of a forward pass (docs/packing.md). `padded`: rows of equal length, padded on the right. `packed`: the
+    rows one after another in one sequence, without padding. The value changes log-probs by rounding; every process of a
+    run uses the same."""
     logprob_chunk_tokens: Positive = LOGPROB_CHUNK_TOKENS
     """Tokens whose logits are in memory at the same time, in the forward and in the backward pass. A bf16 model needs
     2 bytes for each of these tokens and each vocabulary entry: 0.3 GB at the default with 151,936 entries. The value
@@ -154,6 +158,11 @@ class LearnerConfig(Service):
                 f'loss.kl.place = "reward" changes the reward of each token, but advantages.kind = '
                 f'"{self.advantages.kind}" has no token rewards: choose one of {", ".join(TOKEN_LEVEL)}, or set '
                 f'loss.kl.place = "loss"'
+            )
+        if self.layout == "packed" and self.advantages.kind == "gae":
+            raise ValueError(
+                'layout = "packed" does not support advantages.kind = "gae", whose critic passes padded rows: choose '
+                'another kind, or set layout = "padded"'
             )
         if self.sharding != "none":
             self._refuse_with_sharding()

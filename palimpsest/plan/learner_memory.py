@@ -28,11 +28,13 @@ def learner_memory(config: LearnerConfig, rehearsed: Rehearsed, shape: PassShape
 def pass_shape(config: LearnerConfig, longest: int, attention: str) -> PassShape:
     """Return the largest pass. longest: sampling.max_trajectory_tokens.
 
-    A row longer than micro_batch_tokens has a pass to itself.
+    A row longer than micro_batch_tokens has a pass to itself. A packed pass is filled up with shorter rows.
     """
-    length = max(1, longest)
+    length, packed = max(1, longest), config.layout == "packed"
     rows = 1 if config.vcpo.baseline else max(1, config.micro_batch_tokens // length)
-    return PassShape(rows, length, config.logprob_chunk_tokens, config.activation_checkpointing, attention)
+    rest = max(0, config.micro_batch_tokens - rows * length) if packed and not config.vcpo.baseline else 0
+    chunk, checkpointing = config.logprob_chunk_tokens, config.activation_checkpointing
+    return PassShape(rows, length, chunk, checkpointing, attention, packed, rest)
 
 
 def _held(config: LearnerConfig, rehearsed: Rehearsed, shares: int) -> list[Cause]:

@@ -9,6 +9,7 @@ The rehearsed attention is fused (scaled_dot_product_attention without a mask) u
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -22,6 +23,7 @@ from palimpsest.common.user_error import UserError
 from palimpsest.plan.live_bytes import LiveBytes
 from palimpsest.services.learner.model.logprobs import TokensWithGradient, float32_blocks, head_gradients
 from palimpsest.services.learner.model.output_head import LinearHead, Transform, decoder_of
+from palimpsest.services.learner.model.packing import attend_in_rows
 from palimpsest.services.learner.model.policy import keep_layer_inputs
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.sharding.sharded_model import blocks_of
@@ -42,11 +44,20 @@ class PassShape:
     activation_checkpointing: bool
     attention: str
     """model.attention"""
+    packed: bool = False
+    """learner.layout = "packed": the rows are in one sequence."""
+    rest: int = 0
+    """Tokens of one more row of a packed pass, shorter than the others."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [self.length] * self.rows + ([self.rest] if self.rest else [])
 
     @property
     def tokens(self) -> int:
         """Tokens of the pass."""
-        return self.rows * self.length
+        return self.rows * self.length + self.rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +104,7 @@ def rehearse(path: str, shape: PassShape) -> Rehearsed:
     """
     refuse_no_model(path)
     try:
-        with _fake():
+        with _fake(shape):
             model = _model(path, shape.attention)
             return _rehearse(model, shape)
     except UserError:
@@ -106,12 +117,12 @@ def rehearse(path: str, shape: PassShape) -> Rehearsed:
 
 
 @contextmanager
-def _fake() -> Iterator[None]:
+def _fake(shape: PassShape) -> Iterator[None]:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    AttentionInterface.register(FUSED, _fused)
+    AttentionInterface.register(FUSED, partial(_within_rows, shape.lengths) if shape.packed else _fused)
     AttentionMaskInterface.register(FUSED, _no_mask)
     with FakeTensorMode():
         yield
@@ -121,6 +132,15 @@ def _fused(module: Any, query: Tensor, key: Tensor, value: Tensor, _: Any, **opt
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(module, query, key, value, None, **options)
+
+
+def _within_rows(
+    lengths: list[int], module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **named: Any
+) -> Any:
+    """The attention of packed rows."""
+    if query.shape[2] != sum(lengths):
+        return _fused(module, query, key, value, None, **named)
+    return attend_in_rows(module, query, key, value, lengths, **named), None
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
@@ -141,18 +161,19 @@ def _model(path: str, attention: str) -> torch.nn.Module:
 
 def _rehearse(model: torch.nn.Module, shape: PassShape) -> Rehearsed:
     causal: Any = model
-    size, layer = _size(model), causal.get_output_embeddings()
+    model_size, layer = _size(model), causal.get_output_embeddings()
     if not isinstance(layer, torch.nn.Linear):
         raise UserError(
-            f"palimpsest plan knows models with a linear head; {size.kind} has {type(layer).__name__}. Measure its "
-            f"memory with a run of one version"
+            f"palimpsest plan knows models with a linear head; {model_size.kind} has {type(layer).__name__}. Measure "
+            f"its memory with a run of one version"
         )
     head = LinearHead(layer.weight, layer.bias, Transform())
     if shape.activation_checkpointing:
         keep_layer_inputs(model)
     policy = TrainablePolicy(model, OptimizerConfig())
     known = [*model.parameters(), *model.buffers(), *policy.masters, *policy.gradients()]
-    tokens = torch.zeros(shape.rows, shape.length, dtype=torch.int64)
+    size = (1, shape.tokens) if shape.packed else (shape.rows, shape.length)
+    tokens = torch.zeros(size, dtype=torch.int64)
     with LiveBytes(known) as scoring, torch.no_grad():
         _logprobs(model, head, tokens, shape.chunk, entropy=False)
     with LiveBytes(known) as training:
@@ -164,7 +185,7 @@ def _rehearse(model: torch.nn.Module, shape: PassShape) -> Rehearsed:
     moments = [each for state in policy.optimizer.state.values() for each in state.values()]
     with LiveBytes([*known, *moments]) as step:
         policy.optimizer.step()
-    return Rehearsed(size, kept, max(kept, training.peak), scoring.peak, step.peak)
+    return Rehearsed(model_size, kept, max(kept, training.peak), scoring.peak, step.peak)
 
 
 def _size(model: torch.nn.Module) -> ModelSize:

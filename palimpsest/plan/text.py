@@ -13,6 +13,8 @@ def render(plan: Plan) -> str:
     """Return the plan for a terminal."""
     model, shape, learner = plan.model, plan.shape, plan.learner
     rows = f"{shape.rows} row{'s' if shape.rows > 1 else ''} of {shape.length:,} tokens"
+    if shape.rest:
+        rows += f" and {shape.rest:,} of shorter ones"
     lines = [
         f"Model: {model.kind}, {_billions(model.parameters)} parameters, {gib(model.weights)} GiB in its own type",
         f"GPUs: {plan.gpus}; the run needs {plan.needed}",

@@ -106,6 +106,7 @@ def _whole_policy(config: RunConfig, ranks: "ProcessGroup") -> "TrainablePolicy"
         ranks.device,
         config.model.attention,
         logprob_chunk_tokens=config.learner.logprob_chunk_tokens,
+        layout=config.learner.layout,
     )
     if config.learner.activation_checkpointing:
         checkpoint_activations(model)

@@ -135,6 +135,7 @@ CHANGEABLE = (
     "model.attention",
     "learner.micro_batch_tokens",
     "learner.logprob_chunk_tokens",
+    "learner.layout",
     "learner.activation_checkpointing",
     "learner.sharding",
     "learner.publishing",

@@ -32,9 +32,11 @@ ONE = "one micro-batch on each rank"
 UNTIED = "one micro-batch, a model with an output head"
 HYBRID = "one micro-batch, each rank a node of its own"
 AGAIN = "one micro-batch, each layer computed again in the backward pass"
+PACKED = "one micro-batch of packed rows, each layer computed again in the backward pass"
 THREE = "three micro-batches on each rank"
 CASES = {ONE: [some_rows("i", [20, 20])], THREE: [some_rows("j", [35, 35, 33, 33, 31, 31])], **UNEVEN}
 CASES[UNTIED] = CASES[HYBRID] = CASES[AGAIN] = CASES[ONE]
+CASES[PACKED] = [some_rows("p", [20, 20, 9, 7])]
 LEARNER = a_learner(micro_batch_tokens=40)
 
 
@@ -48,10 +50,11 @@ def main(tied: str, untied: str, folder: Path) -> None:
     )
     for case, minibatches in CASES.items():
         model = untied if case == UNTIED else tied
-        files = ModelFiles(model, "eager", nodes if case == HYBRID else mesh, ranks.device)
-        replicated = TrainablePolicy(load_model(model, ranks.device, "eager"), OPTIMIZER)
+        layout, attention = ("packed", "sdpa") if case == PACKED else ("padded", "eager")
+        files = ModelFiles(model, attention, nodes if case == HYBRID else mesh, ranks.device, layout=layout)
+        replicated = TrainablePolicy(load_model(model, ranks.device, attention, layout=layout), OPTIMIZER)
         sharded = ShardedPolicy(files.build(holds=torch.float32, trains=True), OPTIMIZER, ranks)
-        if case == AGAIN:
+        if case in (AGAIN, PACKED):
             checkpoint_activations(replicated.model)
             sharded.model(checkpoint_activations)
         rows = [row for minibatch in minibatches for row in minibatch]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.services.learner.batch.batching import PaddedBatch
+from palimpsest.services.learner.model.packing import PackedRows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,6 +23,7 @@ class DeviceBatch:
     behavior: Tensor
     temperatures: Tensor
     """[rows, 1]"""
+    rows: PackedRows
 
 
 def on_device(batch: PaddedBatch, device: torch.device) -> DeviceBatch:
@@ -36,4 +38,5 @@ def _moved(batch: PaddedBatch, device: torch.device) -> DeviceBatch:
     tokens, mask, behavior, temperatures = (
         torch.from_numpy(array).to(device) for array in (batch.tokens, batch.mask, batch.behavior, batch.temperatures)
     )
-    return DeviceBatch(tokens, mask, behavior, temperatures)
+    rows = PackedRows.of([len(row.tokens) for row in batch.rows], batch.tokens.shape[1], device)
+    return DeviceBatch(tokens, mask, behavior, temperatures, rows)

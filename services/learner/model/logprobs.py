@@ -41,6 +41,12 @@ class Positions(NamedTuple):
     scaled: bool
     """Whether any temperature differs from 1."""
 
+    def at(self, places: Tensor) -> "Positions":
+        """Return some of the positions. places: [positions] int64."""
+        return self._replace(
+            targets=self.targets[places], temperatures=self.temperatures[places], wanted=self.wanted[places]
+        )
+
 
 def chunked_logprobs(
     head: LinearHead, hidden: Tensor, positions: Positions, chunk: int, *, entropy: bool

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from palimpsest.common.config.learner import LOGPROB_CHUNK_TOKENS
-from palimpsest.common.model_limits import refuse_attention
+from palimpsest.common.model_limits import refuse_attention, refuse_layout
 from palimpsest.common.model_path import WHOLE, refuse_no_model, sentence
 from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.batch.batching import PaddedBatch
@@ -22,6 +22,7 @@ from palimpsest.services.learner.model.output_head import (
     decoder_of,
     find_head,
 )
+from palimpsest.services.learner.model.packing import PACKED, PackedRows, packed_attention, packs_rows, use_packing
 from palimpsest.services.learner.sharding.sharded_model import ShardedModel
 
 _NO_ATTENTION = re.compile(r"(\w+) does not support an attention implementation")
@@ -29,16 +30,25 @@ _NO_ATTENTION = re.compile(r"(\w+) does not support an attention implementation"
 
 
 def load_model(
-    path: str, device: torch.device, attention: str, *, logprob_chunk_tokens: int = LOGPROB_CHUNK_TOKENS
+    path: str,
+    device: torch.device,
+    attention: str,
+    *,
+    logprob_chunk_tokens: int = LOGPROB_CHUNK_TOKENS,
+    layout: str = "padded",
 ) -> torch.nn.Module:
-    """Load the causal LM of a folder or hub id, in bf16 and evaluation mode. Raises UserError."""
+    """Load the causal LM of a folder or hub id, in bf16 and evaluation mode. Raises UserError.
+
+    layout: learner.layout.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     refuse_no_model(path)
+    named = packed_attention(attention) if layout == PACKED else attention
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation=named)
     except Exception as error:
         if unsupported := _NO_ATTENTION.match(str(error)):
             raise UserError(
@@ -48,10 +58,14 @@ def load_model(
         raise UserError(
             f"model.path: {path} is not a causal language model that can be loaded ({sentence(error)}): {WHOLE}"
         ) from None
-    refuse_attention(path, attention, model.config.to_dict())
+    values = model.config.to_dict()
+    refuse_attention(path, attention, values)
+    refuse_layout(path, layout, attention, values)
     # Dropout stays off in training too: the current policy must be the one that sampled
     module: torch.nn.Module = model.to(device).eval()
     setattr(module, CHUNK_ATTRIBUTE, logprob_chunk_tokens)
+    if layout == PACKED:
+        use_packing(module)
     return module
 
 
@@ -88,23 +102,34 @@ def keep_layer_inputs(model: torch.nn.Module) -> None:
 
 
 def token_logprobs(
-    model: torch.nn.Module, tokens: Tensor, temperatures: Tensor, *, wanted: Tensor | None = None
+    model: torch.nn.Module,
+    tokens: Tensor,
+    temperatures: Tensor,
+    *,
+    wanted: Tensor | None = None,
+    rows: PackedRows | None = None,
 ) -> Tensor:
     """Return the log-prob of each token given the tokens before it: [rows, length] float32, nats.
 
     tokens: [rows, length] int64, padded on the right. Attention is causal: padding changes nothing before it.
-    temperatures: [rows, 1] float32. wanted: bool [rows, length]; other tokens get 0. None: all tokens.
+    temperatures: [rows, 1] float32. wanted: bool [rows, length]; other tokens get 0. None: all tokens. rows: of a pass
+    without padding; None: the pass is padded.
 
     Index t belongs to token t and is 0 at t = 0. The shift between logits and tokens happens only here.
     """
-    return _score(model, tokens, temperatures, wanted, entropy=False)[0]
+    return _score(model, tokens, temperatures, wanted, rows, entropy=False)[0]
 
 
 def token_logprobs_and_entropy(
-    model: torch.nn.Module, tokens: Tensor, temperatures: Tensor, *, wanted: Tensor | None = None
+    model: torch.nn.Module,
+    tokens: Tensor,
+    temperatures: Tensor,
+    *,
+    wanted: Tensor | None = None,
+    rows: PackedRows | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs`, and the entropy of the distribution each token was drawn from: [rows, length] float32, nats."""
-    return _score(model, tokens, temperatures, wanted, entropy=True)
+    return _score(model, tokens, temperatures, wanted, rows, entropy=True)
 
 
 def score_batch(
@@ -123,37 +148,49 @@ def score_batch(
     own = on_device(batch, device)
     temperatures = own.temperatures if temperature is None else torch.full_like(own.temperatures, temperature)
     chosen = own.mask if wanted is None else torch.from_numpy(wanted).to(device)
-    return token_logprobs(model, own.tokens, temperatures, wanted=chosen)
+    return token_logprobs(model, own.tokens, temperatures, wanted=chosen, rows=own.rows if packs_rows(model) else None)
 
 
 def score_batch_and_entropy(model: torch.nn.Module, batch: PaddedBatch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return log-probs and entropies of a padded batch's trainable tokens: see `token_logprobs_and_entropy`."""
     own = on_device(batch, device)
-    return token_logprobs_and_entropy(model, own.tokens, own.temperatures, wanted=own.mask)
+    rows = own.rows if packs_rows(model) else None
+    return token_logprobs_and_entropy(model, own.tokens, own.temperatures, wanted=own.mask, rows=rows)
 
 
 def _score(
-    model: torch.nn.Module, tokens: Tensor, temperatures: Tensor, wanted: Tensor | None, *, entropy: bool
+    model: torch.nn.Module,
+    tokens: Tensor,
+    temperatures: Tensor,
+    wanted: Tensor | None,
+    rows: PackedRows | None,
+    *,
+    entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (0 unless `entropy`), [rows, length]."""
     if isinstance(model, ShardedModel):
         sharded: tuple[Tensor, Tensor] = model(
-            lambda causal: _score(causal, tokens, temperatures, wanted, entropy=entropy)
+            lambda causal: _score(causal, tokens, temperatures, wanted, rows, entropy=entropy)
         )
         return sharded
     chunk: int = getattr(model, CHUNK_ATTRIBUTE, LOGPROB_CHUNK_TOKENS)
     positions = _positions(tokens, temperatures, wanted)
+    arguments: dict[str, Any] = {"input_ids": tokens}
+    if rows is not None:
+        arguments, positions = rows.arguments(tokens), positions.at(rows.places)
     head = find_head(model)
     if head is None:
-        logits = model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
+        logits = model(**arguments, use_cache=False).logits.flatten(0, 1)
         values = checkpointed_logprobs(logits.__getitem__, positions, chunk, entropy=entropy)
     else:
-        hidden = decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden = decoder_of(model)(**arguments, use_cache=False).last_hidden_state.flatten(0, 1)
         if isinstance(head, LinearHead):
             values = chunked_logprobs(head, hidden, positions, chunk, entropy=entropy)
         else:
             after_decoder = head.logits
-            values = checkpointed_logprobs(lambda rows: after_decoder(hidden[rows]), positions, chunk, entropy=entropy)
+            values = checkpointed_logprobs(lambda part: after_decoder(hidden[part]), positions, chunk, entropy=entropy)
+    if rows is not None:
+        values = (rows.spread(values[0], tokens.numel()), rows.spread(values[1], tokens.numel()))
     logprobs, entropies = (torch.nn.functional.pad(each.view(tokens.shape)[:, :-1], (1, 0)) for each in values)
     return logprobs, entropies
 

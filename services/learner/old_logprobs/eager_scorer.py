@@ -63,7 +63,7 @@ class EagerScorer:
     """Scores each token once: tokens with a value in `scores` are skipped.
 
     durable: the log that values are published on before a call returns. None: the values stay in this process.
-    at_once: number of micro-batches in one call of `score`.
+    packed: whether `score` packs the rows of a micro-batch. at_once: number of micro-batches in one call of `score`.
     """
 
     def __init__(
@@ -73,11 +73,13 @@ class EagerScorer:
         *,
         run: str,
         micro_batch_tokens: int,
+        packed: bool = False,
         at_once: int = 1,
         durable: Bus | None = None,
     ) -> None:
         self._score, self._scores, self._run = score, scores, run
-        self._micro_batch_tokens, self._at_once, self._durable = micro_batch_tokens, at_once, durable
+        self._micro_batch_tokens, self._packed = micro_batch_tokens, packed
+        self._at_once, self._durable = at_once, durable
         self._resident: tuple[Version, str] | None = None
         self._done: set[Place] = set()
         self._waiting: dict[Place, _Waiting] = {}
@@ -93,7 +95,7 @@ class EagerScorer:
         self._update_waiting(sampled, now, digest)
         by_row = {waiting.row: place for place, waiting in self._waiting.items()}
         count = 0
-        batches = micro_batches(list(by_row), max_tokens=self._micro_batch_tokens)
+        batches = micro_batches(list(by_row), max_tokens=self._micro_batch_tokens, packed=self._packed)
         for start in range(0, len(batches), self._at_once):
             chunk = batches[start : start + self._at_once]
             for rows, values in zip(chunk, self._score([pad(rows) for rows in chunk]), strict=True):

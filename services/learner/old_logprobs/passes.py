@@ -2,8 +2,8 @@
 
 The layout depends only on the trajectories of a rank. A pass holds tokens of one version. A row ends after its last
 token that the pass scores; attention is causal, so later tokens change nothing. The rows of all micro-batches are
-packed together (batching.micro_batches), and a row is in one pass of a version. The layout changes the last bits of the
-values; `passes` records it, so that palimpsest/rescore.py can repeat it.
+split into passes (batching.micro_batches), and a row is in one pass of a version. The layout changes the last bits of
+the values; `passes` records it, so that palimpsest/rescore.py can repeat it.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from palimpsest.common.versions import UNTRAINABLE, Version
 from palimpsest.services.learner.batch.batching import PaddedBatch, Row, empty_batch, micro_batches, pad
 from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.model.packing import packs_rows
 from palimpsest.services.learner.model.policy import score_batch
 from palimpsest.services.learner.proximal.types import NO_PASS, TRAINING_PASS
 
@@ -37,7 +38,7 @@ class BatchScores:
     ) -> None:
         """Take the values that came with the rows. -inf is a value: the token's probability underflowed.
 
-        max_tokens: of a pass, padding included; fresh: see Source; ranks: None if this process is alone.
+        max_tokens: of a pass (batching.micro_batches); fresh: see Source; ranks: None if this process is alone.
         """
         self._batches, self._device, self._max_tokens, self._fresh = batches, device, max_tokens, fresh
         self._ranks = ranks
@@ -76,7 +77,7 @@ class BatchScores:
     def score(self, model: torch.nn.Module, wanted: Wanted) -> None:
         """Score the wanted tokens with the model's weights. If all ranks must make equally many passes, they all must
         call it."""
-        layout = _layout(self._batches, wanted, self._max_tokens)
+        layout = _layout(self._batches, wanted, self._max_tokens, packed=packs_rows(model))
         missing = 0 if self._ranks is None else self._ranks.passes_of_all(len(layout)) - len(layout)
         for rows, batch in layout:
             scored = score_batch(model, batch, self._device)
@@ -92,14 +93,14 @@ class BatchScores:
 
 
 def _layout(
-    batches: Sequence[PaddedBatch], wanted: Wanted, max_tokens: int
+    batches: Sequence[PaddedBatch], wanted: Wanted, max_tokens: int, *, packed: bool
 ) -> list[tuple[list[tuple[int, int]], PaddedBatch]]:
     """Passes that score the wanted tokens: the micro-batch and index of each row, and the padded rows."""
     cut: dict[Row, tuple[int, int]] = {}
     for place, (batch, own) in enumerate(zip(batches, wanted, strict=True)):
         for index in np.flatnonzero(own.any(axis=1)).tolist():
             cut[cut_row(batch.rows[index], own[index])] = (place, index)
-    together = micro_batches(list(cut), max_tokens=max_tokens)
+    together = micro_batches(list(cut), max_tokens=max_tokens, packed=packed)
     return [([cut[row] for row in rows], pad(rows)) for rows in together]
 
 

@@ -210,6 +210,7 @@ def route(
             scores,
             run=run,
             micro_batch_tokens=config.micro_batch_tokens,
+            packed=config.layout == "packed",
             at_once=score.width,
             durable=durable,
         )

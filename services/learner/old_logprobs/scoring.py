@@ -14,6 +14,7 @@ from palimpsest.common.trajectory import Segment, token_versions
 from palimpsest.common.versions import UNTRAINABLE, Version
 from palimpsest.services.learner.batch.batching import Row, micro_batches, pad, versions_present
 from palimpsest.services.learner.model.failing_rows import tolerant
+from palimpsest.services.learner.model.packing import packs_rows
 from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer
 
 
@@ -49,7 +50,7 @@ def score(
             f"rows are of versions {versions}: one model scores one version, so score each version separately"
         )
     forward = tolerant(model_scorer(model, device))
-    for together in micro_batches(rows, max_tokens=batch_tokens):
+    for together in micro_batches(rows, max_tokens=batch_tokens, packed=packs_rows(model)):
         scored = forward(pad(together))
         yield [(row, scored[i, : len(row.tokens)]) for i, row in enumerate(together)]
 

@@ -65,6 +65,7 @@ def _score(config: RunConfig, stop: Stop, server: Starting) -> None:
                     device,
                     config.model.attention,
                     logprob_chunk_tokens=config.learner.logprob_chunk_tokens,
+                    layout=config.learner.layout,
                 )
                 replica.work(VersionedModel(model, store), ControlCheck(store))
         finally:

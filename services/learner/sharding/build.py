@@ -23,6 +23,7 @@ def build_shards(config: RunConfig, ranks: ProcessGroup) -> Shards:
         _mesh(learner.sharding, ranks),
         ranks.device,
         logprob_chunk_tokens=learner.logprob_chunk_tokens,
+        layout=learner.layout,
     )
     model = files.build(holds=torch.float32, trains=True)
     if learner.activation_checkpointing:

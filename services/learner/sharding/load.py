@@ -17,11 +17,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from palimpsest.common.config.learner import LOGPROB_CHUNK_TOKENS
-from palimpsest.common.model_limits import refuse_attention
+from palimpsest.common.model_limits import refuse_attention, refuse_layout
 from palimpsest.common.model_path import WHOLE, refuse_no_model, sentence
 from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.model.checkpoint_names import PartNames, part_names
 from palimpsest.services.learner.model.output_head import CHUNK_ATTRIBUTE, find_head
+from palimpsest.services.learner.model.packing import PACKED, packed_attention, use_packing
 from palimpsest.services.learner.sharding.local_shards import local_parts
 from palimpsest.services.learner.sharding.sharded_model import ShardedModel, shard
 
@@ -41,10 +42,11 @@ class ModelFiles:
         device: torch.device,
         *,
         logprob_chunk_tokens: int = LOGPROB_CHUNK_TOKENS,
+        layout: str = "padded",
     ) -> None:
-        """Raises UserError if it cannot be sharded."""
+        """attention, logprob_chunk_tokens, layout: keys of the run. Raises UserError if it cannot be sharded."""
         refuse_no_model(path)
-        self._chunk = logprob_chunk_tokens
+        self._chunk, self._layout = logprob_chunk_tokens, layout
         self._path, self._attention, self._mesh, self._device = path, attention, mesh, device
         self._files = _tensor_files(path)
         self.names: dict[str, PartNames] = {}
@@ -72,22 +74,24 @@ class ModelFiles:
         self._read(model)
         setattr(causal, CHUNK_ATTRIBUTE, self._chunk)
         model(find_head)  # recognized in the model's own precision
+        if self._layout == PACKED:
+            model(use_packing)
         return model
 
     def _empty(self) -> nn.Module:
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        attention = packed_attention(self._attention) if self._layout == PACKED else self._attention
         try:
             config = AutoConfig.from_pretrained(self._path)
-            causal: nn.Module = AutoModelForCausalLM.from_config(
-                config, dtype=COMPUTES, attn_implementation=self._attention
-            )
+            causal: nn.Module = AutoModelForCausalLM.from_config(config, dtype=COMPUTES, attn_implementation=attention)
         except Exception as error:
             raise UserError(
                 f"model.path: {self._path} is not a causal language model that can be loaded ({sentence(error)}): "
                 f"{WHOLE}"
             ) from None
         refuse_attention(self._path, self._attention, config.to_dict())
+        refuse_layout(self._path, self._layout, self._attention, config.to_dict())
         return causal
 
     @torch.no_grad()

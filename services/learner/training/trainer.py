@@ -5,6 +5,7 @@ belongs to the version that sampled it, and does not change with the number of m
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from palimpsest.services.learner.losses.objective import Objective
 from palimpsest.services.learner.losses.r2vpo import next_multiplier
 from palimpsest.services.learner.losses.vcpo import POWERS, ess, lr_factor, trajectory_log_ratio
 from palimpsest.services.learner.model.critic import critic_optimizer
+from palimpsest.services.learner.model.packing import packs_rows
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.proximal.types import Proximal
 from palimpsest.services.learner.timing import PhaseTimer
@@ -152,10 +154,13 @@ class Trainer:
         if self._config.vcpo.baseline:  # one trajectory for each pass, group after group
             share = sorted(share, key=lambda row: (row.group, len(row.tokens), row.trajectory))
             return [pad([row]) for row in share]
-        own = micro_batches(share, max_tokens=self._config.micro_batch_tokens)
+        split = partial(
+            micro_batches, max_tokens=self._config.micro_batch_tokens, packed=packs_rows(self._policy.model)
+        )
+        own = split(share)
         passes = len(own)
         if self._ranks.equal_passes:
-            passes = max(len(micro_batches(each, max_tokens=self._config.micro_batch_tokens)) for each in shares)
+            passes = max(len(split(each)) for each in shares)
         return [pad(rows) for rows in own] + [empty_batch() for _ in range(passes - len(own))]
 
     def _fresh(self, minibatches: Sequence[Sequence[PaddedBatch]]) -> int:

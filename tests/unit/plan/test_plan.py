@@ -84,6 +84,32 @@ def test_the_plan_of_a_version_is_within_ten_percent_of_what_the_trainer_holds(
     assert without_the_old_version == pytest.approx(weights, rel=1e-3)  # AdamW's step counts are tensors too
 
 
+def test_the_plan_of_packed_rows_counts_no_padding(tmp_path: Path) -> None:
+    """A pass of one row of the greatest length and shorter ones; the loss has tensors of their rectangle besides."""
+    AutoModelForCausalLM.from_config(DENSE, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), torch.device("cpu"), "sdpa", layout="packed")
+    policy, source = TrainablePolicy(model, OptimizerConfig(lr=1e-3)), CurrentModel(model)
+    learner = a_learner(discrepancy=UNCORRECTED, micro_batch_tokens=2 * LENGTH, layout="packed")
+    lengths = [LENGTH, *[LENGTH // 6] * 6]
+    rows = [
+        a_row(f"r{i}", [3 + (i + t) % 200 for t in range(length)], [0] * length, advantage=(-1.0) ** i)
+        for i, length in enumerate(lengths)
+    ]
+    train(policy, source, ProcessGroup(), [rows], Version(0), config=learner)
+    moments = [each for state in policy.optimizer.state.values() for each in state.values()]
+    held = [*model.parameters(), *model.buffers(), *policy.masters, *policy.gradients(), *moments]
+    with LiveBytes(held) as live:
+        result = train(policy, source, ProcessGroup(), [rows], Version(1), config=learner)
+    assert len(result.micro_batches) == 1
+
+    shape = pass_shape(learner, LENGTH, "sdpa")
+    assert (shape.tokens, shape.packed) == (2 * LENGTH, True)
+    memory = learner_memory(learner, rehearse(str(tmp_path), shape), shape, ranks=1, gpu=False)
+    assert memory.largest.size == pytest.approx(live.peak, rel=0.1)
+    filled = pass_shape(learner.model_copy(update={"micro_batch_tokens": 2 * LENGTH + 50}), LENGTH, "sdpa")
+    assert (filled.rows, filled.rest, filled.tokens) == (2, 50, 2 * LENGTH + 50)
+
+
 @pytest.fixture
 def run_file(tmp_path: Path) -> Path:
     """A run of DENSE; its folder has no weights."""

@@ -7,6 +7,7 @@ from hypothesis import given, strategies as st
 
 from palimpsest.services.learner.batch.batching import (
     PASS_TOKENS,
+    RECTANGLE_ENTRIES,
     micro_batches,
     pad,
     partition_by_rank,
@@ -51,10 +52,44 @@ def test_a_pass_is_split_where_that_saves_more_padding_than_a_pass_costs() -> No
 
 @given(lengths, st.randoms(use_true_random=False))
 def test_the_layout_does_not_depend_on_the_order_of_arrival(sizes: list[int], random) -> None:
-    rows = rows_of(sizes)
-    before = [[row.trajectory for row in batch] for batch in micro_batches(rows, max_tokens=100)]
-    random.shuffle(rows)
-    assert [[row.trajectory for row in batch] for batch in micro_batches(rows, max_tokens=100)] == before
+    for packed in (False, True):
+        rows = rows_of(sizes)
+        before = [[row.trajectory for row in batch] for batch in micro_batches(rows, max_tokens=100, packed=packed)]
+        random.shuffle(rows)
+        after = [[row.trajectory for row in batch] for batch in micro_batches(rows, max_tokens=100, packed=packed)]
+        assert after == before
+
+
+@given(lengths, st.integers(10, 200))
+def test_packed_micro_batches_count_no_padding_for_the_limit(sizes: list[int], budget: int) -> None:
+    batches = micro_batches(rows_of(sizes), max_tokens=budget, packed=True)
+    assert sorted(row.trajectory for batch in batches for row in batch) == [f"r{i:03d}" for i in range(len(sizes))]
+    assert all(len(batch) == 1 or sum(len(row.tokens) for row in batch) <= budget for batch in batches)
+    assert len(batches) <= len(micro_batches(rows_of(sizes), max_tokens=budget))
+
+
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=9), st.integers(10, 3000))
+def test_no_other_split_of_packed_rows_costs_less(sizes: list[int], budget: int) -> None:
+    """Oracle: every way to cut the rows, sorted by length, into lists."""
+    ordered = sorted(sizes)
+
+    def cost(each: list[int]) -> int:
+        return len(each) * each[-1] + PASS_TOKENS * RECTANGLE_ENTRIES
+
+    costs = []
+    for cuts in itertools.product([False, True], repeat=len(ordered) - 1):
+        edges = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(ordered)]
+        lists = [ordered[a:b] for a, b in itertools.pairwise(edges)]
+        if all(len(each) == 1 or sum(each) <= budget for each in lists):
+            costs.append(sum(map(cost, lists)))
+    batches = micro_batches(rows_of(sizes), max_tokens=budget, packed=True)
+    assert sum(cost([len(row.tokens) for row in rows]) for rows in batches) == min(costs)
+
+
+def test_packed_rows_of_unequal_length_share_a_pass() -> None:
+    """100 rows of 10 tokens beside one of 140: 1,140 tokens, and 14,140 entries of a rectangle."""
+    assert [len(rows) for rows in micro_batches(rows_of([10] * 100 + [140]), max_tokens=1140, packed=True)] == [101]
+    assert [len(rows) for rows in micro_batches(rows_of([10] * 100 + [140]), max_tokens=1139, packed=True)] == [100, 1]
 
 
 def test_padding_is_on_the_right_and_untrainable() -> None:

@@ -14,6 +14,7 @@ from palimpsest.common.versions import Version
 from palimpsest.rescore import Lacking, Models, rescore
 from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.model.policy import load_model
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.model.weights import named_weights, raw_tensors
 from palimpsest.services.learner.observability.batch_dump import BatchDump
@@ -33,9 +34,9 @@ NOW = Version(2)
 class Recorded:
     """A version trained on rows of versions 0 to 2 in two minibatches, and its record."""
 
-    def __init__(self, folder: Path, model: Path, store: SnapshotClient, kind: str) -> None:
-        self._folder, self._model = folder, model
-        policy = load(model)
+    def __init__(self, folder: Path, model: Path, store: SnapshotClient, kind: str, *, layout: str = "padded") -> None:
+        self._folder, self._model, self._packed = folder, model, layout == "packed"
+        policy = load_model(str(model), CPU, "sdpa", layout="packed") if self._packed else load(model)
         for version in range(NOW + 1):
             perturb(policy, by=0.03, seed=version)
             store.put("test", Version(version), raw_tensors(named_weights(policy)), canaries(policy), writer=1)
@@ -47,13 +48,15 @@ class Recorded:
         self.minibatches = [self._rows(policy, kind, of) for of in (range(5), range(5, 9))]
         self.trained: StepResult = train(
             TrainablePolicy(policy, OptimizerConfig(lr=1e-2)), source, ProcessGroup(), self.minibatches, NOW,
-            config=a_learner(discrepancy=UNCORRECTED, minibatches=2, micro_batch_tokens=60),
+            config=a_learner(discrepancy=UNCORRECTED, minibatches=2, micro_batch_tokens=60, layout=layout),
         )  # fmt: skip
         rows = [list(minibatch) for minibatch in self.minibatches]
         BatchDump(folder / "records").record(Batch(NOW, Version(NOW + 1), [], rows, [], 0), self.trained)
 
     def rescored(self) -> dict[str, Any]:
-        return rescore(self._folder / "records", Models(self._folder / "store", str(self._model), "eager"))
+        attention = "sdpa" if self._packed else "eager"
+        models = Models(self._folder / "store", str(self._model), attention, packed=self._packed)
+        return rescore(self._folder / "records", models)
 
     @staticmethod
     def _rows(model: torch.nn.Module, kind: str, numbers: range) -> list[Row]:
@@ -70,11 +73,12 @@ class Recorded:
         return rows
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("kind", ["snapshot", "precomputed"])
 def test_every_pass_is_repeated_bit_for_bit(
-    kind: str, tmp_path: Path, starting_model: Path, store: SnapshotClient
+    kind: str, layout: str, tmp_path: Path, starting_model: Path, store: SnapshotClient
 ) -> None:
-    run = Recorded(tmp_path, starting_model, store, kind)
+    run = Recorded(tmp_path, starting_model, store, kind, layout=layout)
     seen, rows = run.rescored(), [row for minibatch in run.minibatches for row in minibatch]
     trainable = sum(row.trainable for row in rows)
     of_now = sum(int((row.versions == NOW).sum()) for row in rows)
