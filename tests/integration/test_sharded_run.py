@@ -21,11 +21,14 @@ from tests.runs.run_process import (
 
 pytestmark = pytest.mark.servers
 KEPT = ("--learner.sharding=full", "--learner.record=true", "--learner.checkpoint.keep=20")
+PACKED = ("--learner.layout=packed", "--model.attention=sdpa", "--learner.activation_checkpointing=true")
 
 
-def test_a_sharded_run_survives_a_rank_and_continues_on_one_rank(tmp_path: Path, starting_model: Path) -> None:
+def test_a_sharded_run_with_packed_rows_survives_a_rank_and_continues_on_one_rank(
+    tmp_path: Path, starting_model: Path
+) -> None:
     toml, home = scripted(tmp_path, starting_model, versions=5), tmp_path / "scripted"
-    run = RunProcess(toml, "--local.learner_ranks=2", *KEPT)
+    run = RunProcess(toml, "--local.learner_ranks=2", *KEPT, *PACKED)
     try:
         wait_for(lambda: len(history(home)) >= 2, run, name="version 2")
         learners = run.services()["learner"]
@@ -38,7 +41,7 @@ def test_a_sharded_run_survives_a_rank_and_continues_on_one_rank(tmp_path: Path,
     shards = newest_manifest(home)["shards"]
     assert {name.split("_")[2] for name in shards if name.startswith("__")} == {"0", "1"}
 
-    code, output = RunProcess(toml, "--resume", home, "--learner.versions=7", *KEPT).finish()
+    code, output = RunProcess(toml, "--resume", home, "--learner.versions=7", *KEPT, *PACKED).finish()
     assert code == 0, output[-3000:]
     assert {name.split("_")[2] for name in newest_manifest(home)["shards"] if name.startswith("__")} == {"0"}
     assert newest_manifest(home)["optimizer_steps"] >= 5

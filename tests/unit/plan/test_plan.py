@@ -21,7 +21,8 @@ from palimpsest.plan.rehearsal import rehearse
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.policy import checkpoint_activations, load_model
 from palimpsest.services.learner.model.trainable import TrainablePolicy
-from tests.learner_parts.models import CurrentModel, train
+from palimpsest.services.learner.proximal.surrogates.current_recompute import CurrentRecompute
+from tests.learner_parts.models import CPU, CurrentModel, train
 from tests.records.builders import UNCORRECTED, a_learner, a_row
 
 SHAPE: dict[str, Any] = {
@@ -87,8 +88,8 @@ def test_the_plan_of_a_version_is_within_ten_percent_of_what_the_trainer_holds(
 def test_the_plan_of_packed_rows_counts_no_padding(tmp_path: Path) -> None:
     """A pass of one row of the greatest length and shorter ones; the loss has tensors of their rectangle besides."""
     AutoModelForCausalLM.from_config(DENSE, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    model = load_model(str(tmp_path), torch.device("cpu"), "sdpa", layout="packed")
-    policy, source = TrainablePolicy(model, OptimizerConfig(lr=1e-3)), CurrentModel(model)
+    model = load_model(str(tmp_path), CPU, "sdpa", layout="packed")
+    policy, source = TrainablePolicy(model, OptimizerConfig(lr=1e-3)), CurrentRecompute(model, CPU)
     learner = a_learner(discrepancy=UNCORRECTED, micro_batch_tokens=2 * LENGTH, layout="packed")
     lengths = [LENGTH, *[LENGTH // 6] * 6]
     rows = [
