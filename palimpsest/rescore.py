@@ -156,7 +156,7 @@ def attend_within_rows(
 ) -> tuple[torch.Tensor, None]:
     """Attention of transformers' interface."""
     lengths = options.pop("cu_seq_lens_q").diff().tolist()
-    parts = zip(*(each.split(lengths, dim=2) for each in (query, key, value)), strict=True)
+    parts = zip(*(torch.split(each, lengths, dim=2) for each in (query, key, value)), strict=True)
     return torch.cat([sdpa_attention_forward(module, *part, mask, **options)[0] for part in parts], dim=1), None
 
 

@@ -15,18 +15,20 @@ torchrun (one thread each), the modes in turn, `--rounds` times:
 
 A step trains on `--rows` rows. The longest has `--length` tokens, the shortest `--shortest` (default: equally many);
 the lengths between grow geometrically. A pass has at most `--micro-batch-tokens` (default: one row of the greatest
-length); the bare loop passes one row at a time. Seconds are those of the fastest step. Memory is the peak of the
-resident memory of a rank from before the model is loaded to after the last step. Bytes moved are what a rank sends in a
-step, computed from the sizes of its collectives: n - 1 times its part in an all-gather, (n - 1) / n of the input in a
-reduce-scatter, twice that in an all-reduce.
+length); the bare loop passes one row at a time. Seconds are those of the fastest step; cpu_seconds are the processor
+time of a rank, which other programs on the machine change less. Memory is the peak of the resident memory of a rank
+from before the model is loaded to after the last step. Bytes moved are what a rank sends in a step, computed from the
+sizes of its collectives: n - 1 times its part in an all-gather, (n - 1) / n of the input in a reduce-scatter, twice
+that in an all-reduce.
 
-Prints one JSON line: settings, and of each mode tokens_per_s, seconds, peak_bytes and moved_bytes (the largest of the
-ranks); step_ratio_to_bare (bare seconds / sharded seconds), peak_ratio_to_replicated (sharded / replicated) and
-packed_speedup (replicated seconds / packed seconds), as far as their modes ran.
+Prints one JSON line: settings, and of each mode tokens_per_s, seconds, cpu_seconds, peak_bytes and moved_bytes (the
+largest of the ranks); step_ratio_to_bare (bare seconds / sharded seconds), cpu_ratio_to_bare, peak_ratio_to_replicated
+(sharded / replicated), packed_speedup and packed_cpu_speedup (replicated / packed), as far as their modes ran.
 
 With `--growth`, each number is a step of one rank on so many tokens, packed and with activation checkpointing: as one
 row, and as rows of the first number. Everything but the attention does the same in both, so the second column shows
-whether that is linear in time. Prints for each number: tokens, seconds, peak_bytes, rows_seconds, rows_peak_bytes.
+whether that is linear in time. Prints for each number: tokens, and of the row and of the rows seconds, cpu_seconds
+and peak_bytes.
 """
 
 import argparse
@@ -41,8 +43,10 @@ from typing import Any
 MODES = ("replicated", "packed", "sharded", "long", "bare")
 RATIOS = (
     ("step_ratio_to_bare", "bare", "sharded", "seconds"),
+    ("cpu_ratio_to_bare", "bare", "sharded", "cpu_seconds"),
     ("peak_ratio_to_replicated", "sharded", "replicated", "peak_bytes"),
     ("packed_speedup", "replicated", "packed", "seconds"),
+    ("packed_cpu_speedup", "replicated", "packed", "cpu_seconds"),
 )
 """Name, numerator, denominator and measure."""
 
@@ -100,12 +104,10 @@ def _growth(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         row = _measured("long", folder, options, {"lengths": [tokens], "micro_batch_tokens": tokens})
         split = [numbers[0]] * (tokens // numbers[0])
         rows = _measured("long", folder, options, {"lengths": split, "micro_batch_tokens": tokens})
-        table.append(
-            {
-                "tokens": tokens, "seconds": row["seconds"], "peak_bytes": row["peak_bytes"],
-                "rows_seconds": rows["seconds"], "rows_peak_bytes": rows["peak_bytes"],
-            }
-        )  # fmt: skip
+        line: dict[str, float] = {"tokens": tokens}
+        for measure in ("seconds", "cpu_seconds", "peak_bytes"):
+            line |= {measure: row[measure], f"rows_{measure}": rows[measure]}
+        table.append(line)
     settings = {name: options[name] for name in ("layers", "hidden", "vocabulary", "steps")}
     return {"settings": settings | {"parameters": parameters}, "growth": table}
 
@@ -122,6 +124,7 @@ def _best(rounds: Sequence[dict[str, float]], tokens: int) -> dict[str, float]:
     return {
         "tokens_per_s": tokens / seconds,
         "seconds": seconds,
+        "cpu_seconds": min(each["cpu_seconds"] for each in rounds),
         "peak_bytes": min(each["peak_bytes"] for each in rounds),
         "moved_bytes": rounds[0]["moved_bytes"],
     }

@@ -53,15 +53,24 @@ def main(mode: str, model: str, result: Path, task: dict[str, Any]) -> None:
         else _learner(mode, model, batch, ranks, micro_batch_tokens=task["micro_batch_tokens"])
     )
     step()
-    with _Sent(ranks.size) as sent:
-        step()
-    seconds = []
+    sent = _Sent(ranks.size)
+    if ranks.size > 1:
+        with sent:
+            step()
+    seconds, busy = [], []
     for _ in range(task["steps"]):
-        dist.barrier()
-        began = time.perf_counter()
+        if ranks.size > 1:
+            dist.barrier()
+        began, used = time.perf_counter(), time.process_time()
         step()
         seconds.append(time.perf_counter() - began)
-    own = {"seconds": min(seconds), "peak_bytes": _memory("VmHWM") - before, "moved_bytes": sent.bytes}
+        busy.append(time.process_time() - used)
+    own = {
+        "seconds": min(seconds),
+        "cpu_seconds": min(busy),
+        "peak_bytes": _memory("VmHWM") - before,
+        "moved_bytes": sent.bytes,
+    }
     parts = ranks.all_gather_object(own)
     if ranks.is_rank0:
         result.write_text(json.dumps({name: max(part[name] for part in parts) for name in own}))

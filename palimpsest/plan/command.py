@@ -77,6 +77,9 @@ def _remedies(config: RunConfig, longest: int) -> list[tuple[tuple[str, ...], in
     changes: list[tuple[str, dict[str, Any]]] = []
     if not config.learner.activation_checkpointing:
         changes.append(("learner.activation_checkpointing = true", {"activation_checkpointing": True}))
+    elif config.learner.activation_checkpointing_every > 1:
+        key = "activation_checkpointing_every"
+        changes.append((f"learner.{key} = 1", {key: 1}))
     if longest < config.learner.micro_batch_tokens:
         changes.append((f"learner.micro_batch_tokens = {longest}", {"micro_batch_tokens": longest}))
     if config.learner.sharding == "none" and config.local.learner_ranks > 1:

@@ -33,8 +33,8 @@ def pass_shape(config: LearnerConfig, longest: int, attention: str) -> PassShape
     length, packed = max(1, longest), config.layout == "packed"
     rows = 1 if config.vcpo.baseline else max(1, config.micro_batch_tokens // length)
     rest = max(0, config.micro_batch_tokens - rows * length) if packed and not config.vcpo.baseline else 0
-    chunk, checkpointing = config.logprob_chunk_tokens, config.activation_checkpointing
-    return PassShape(rows, length, chunk, checkpointing, attention, packed, rest)
+    every = config.activation_checkpointing_every if config.activation_checkpointing else 0
+    return PassShape(rows, length, config.logprob_chunk_tokens, every, attention, packed, rest)
 
 
 def _held(config: LearnerConfig, rehearsed: Rehearsed, shares: int) -> list[Cause]:
@@ -71,7 +71,8 @@ def _moments(
 ) -> list[Moment]:
     row, tokens = "sampling.max_trajectory_tokens", "learner.micro_batch_tokens"
     pass_keys = (tokens,) if shape.length < config.micro_batch_tokens else (row, tokens)
-    kept_keys = pass_keys if shape.activation_checkpointing else ("learner.activation_checkpointing", *pass_keys)
+    again = {0: ("learner.activation_checkpointing",), 1: ()}
+    kept_keys = (*again.get(shape.activation_checkpointing, ("learner.activation_checkpointing_every",)), *pass_keys)
     chunk = ("learner.logprob_chunk_tokens",)
     logits = Cause("float32 logits of a GPU's larger blocks", _larger_blocks(rehearsed, shape) if gpu else 0, chunk)
     more = (logits,) if logits.size else ()

@@ -41,7 +41,8 @@ class PassShape:
     """Tokens of each row."""
     chunk: int
     """learner.logprob_chunk_tokens"""
-    activation_checkpointing: bool
+    activation_checkpointing: int
+    """One of so many layers is computed again in the backward pass; 0: none."""
     attention: str
     """model.attention"""
     packed: bool = False
@@ -169,7 +170,7 @@ def _rehearse(model: torch.nn.Module, shape: PassShape) -> Rehearsed:
         )
     head = LinearHead(layer.weight, layer.bias, Transform())
     if shape.activation_checkpointing:
-        keep_layer_inputs(model)
+        keep_layer_inputs(model, every=shape.activation_checkpointing)
     policy = TrainablePolicy(model, OptimizerConfig())
     known = [*model.parameters(), *model.buffers(), *policy.masters, *policy.gradients()]
     size = (1, shape.tokens) if shape.packed else (shape.rows, shape.length)
@@ -222,8 +223,11 @@ def _logprobs(model: torch.nn.Module, head: LinearHead, tokens: Tensor, chunk: i
     return values
 
 
-def _logits(head: LinearHead, hidden: Tensor, chunk: int, *, entropy: bool) -> None:
-    """Make the logits of two chunks, and two float32 blocks of each: a block is made while the one before is live."""
+def _logits(head: LinearHead, hidden: Tensor, chunk: int, *, entropy: bool) -> Tensor | None:
+    """Make the logits of two chunks, and two float32 blocks of each: a block is made while the one before is live.
+
+    Returns the logits of a single chunk.
+    """
     for start in range(0, len(hidden), chunk)[:2]:
         logits = head.logits(hidden[start : start + chunk])
         for block in islice(float32_blocks(logits), 2):
@@ -231,7 +235,10 @@ def _logits(head: LinearHead, hidden: Tensor, chunk: int, *, entropy: bool) -> N
             all_logprobs = scaled.log_softmax(-1)
             if entropy:
                 probs = torch.exp(all_logprobs, out=scaled)  # noqa: F841  # logprobs.py holds it until the next block
+        if len(hidden) <= chunk:
+            return logits
         del logits
+    return None
 
 
 class _EveryToken(torch.autograd.Function):
@@ -243,7 +250,8 @@ class _EveryToken(torch.autograd.Function):
     ) -> Tensor:
         head = LinearHead(weight, bias, Transform())
         logprobs, entropies, normalizers = (torch.zeros(len(hidden)) for _ in range(3))
-        _logits(head, hidden, chunk, entropy=entropy)
+        logits = _logits(head, hidden, chunk, entropy=entropy)
+        ctx.logits = logits if any(ctx.needs_input_grad) else None
         ctx.save_for_backward(hidden, weight, bias, targets, normalizers, entropies)
         ctx.chunk = chunk
         return logprobs
@@ -263,6 +271,9 @@ class _EveryToken(torch.autograd.Function):
             entropies=entropies[every, None],
         )
         needs = ctx.needs_input_grad
-        by_hidden, by_weight, by_bias = head_gradients(head, tokens, ctx.chunk, weight=needs[1], bias=needs[2])
+        logits, ctx.logits = ctx.logits, None
+        by_hidden, by_weight, by_bias = head_gradients(
+            head, tokens, ctx.chunk, weight=needs[1], bias=needs[2], logits=logits
+        )
         spread = torch.zeros_like(hidden).index_copy_(0, every, by_hidden.to(hidden.dtype))
         return spread, by_weight, by_bias, None, None, None

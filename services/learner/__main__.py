@@ -109,7 +109,7 @@ def _whole_policy(config: RunConfig, ranks: "ProcessGroup") -> "TrainablePolicy"
         layout=config.learner.layout,
     )
     if config.learner.activation_checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model, every=config.learner.activation_checkpointing_every)
     return TrainablePolicy(model, config.learner.optimizer)
 
 

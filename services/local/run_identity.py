@@ -137,6 +137,7 @@ CHANGEABLE = (
     "learner.logprob_chunk_tokens",
     "learner.layout",
     "learner.activation_checkpointing",
+    "learner.activation_checkpointing_every",
     "learner.sharding",
     "learner.publishing",
     "learner.proximal.prefetch",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.config.learner import LearnerConfig, OptimizerConfig
+from palimpsest.services.learner.model.packing import PackedRows, packs_rows
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 
 STEPS = "steps"
@@ -32,12 +33,12 @@ class Critic:
         """Masters and optimizer. `broadcast_state` and checkpoints handle them like the policy's."""
 
     @torch.no_grad()
-    def values(self, tokens: Tensor) -> Tensor:
+    def values(self, tokens: Tensor, rows: PackedRows | None = None) -> Tensor:
         """Return the expected return before each token. [rows, length] float32, 0 at index 0.
 
-        tokens: [rows, length] int64, padded on the right.
+        tokens: [rows, length] int64, padded on the right. rows: needed if the passes of the policy are packed.
         """
-        values: Tensor = self._valued(tokens)
+        values: Tensor = self._valued(tokens, rows)
         return values
 
     @torch.no_grad()
@@ -47,7 +48,8 @@ class Critic:
         tokens: [rows, length] int64, padded on the right; lengths: [rows], tokens of each row without padding.
         """
         longer = torch.nn.functional.pad(tokens, (0, 1))  # the state after the last token needs one more position
-        values: Tensor = self._valued(longer).gather(1, lengths[:, None])[:, 0]
+        rows = PackedRows.of(lengths.tolist(), longer.shape[1], tokens.device)
+        values: Tensor = self._valued(longer, rows).gather(1, lengths[:, None])[:, 0]
         return values
 
     def loss(
@@ -59,9 +61,13 @@ class Critic:
         *,
         clip: float | None,
         denominator: float,
+        rows: PackedRows | None = None,
     ) -> Tensor:
-        """Return this micro-batch's share of the value loss, with gradient. Shapes: see `value_loss`."""
-        return value_loss(self._valued(tokens), returns, old_values, mask, clip=clip, denominator=denominator)
+        """Return this micro-batch's share of the value loss, with gradient.
+
+        Shapes: see `value_loss`; rows: see `values`.
+        """
+        return value_loss(self._valued(tokens, rows), returns, old_values, mask, clip=clip, denominator=denominator)
 
     def gradients(self) -> list[Tensor]:
         """Accumulated float32 gradients, to be summed over ranks."""
@@ -118,9 +124,14 @@ class _Valued(torch.nn.Module):
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
         self.head.to(next(model.parameters()).device)
+        self._packs = packs_rows(model)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, rows: PackedRows | None) -> Tensor:
         """Return values [rows, length]. Index t depends on the tokens before t. The shift happens only here."""
-        hidden = self.decoder(input_ids=tokens, use_cache=False).last_hidden_state
-        values = self.head(hidden[:, :-1].float())[..., 0]
-        return torch.nn.functional.pad(values, (1, 0))
+        if not self._packs:
+            hidden = self.decoder(input_ids=tokens, use_cache=False).last_hidden_state
+            return torch.nn.functional.pad(self.head(hidden[:, :-1].float())[..., 0], (1, 0))
+        assert rows is not None
+        hidden = self.decoder(**rows.arguments(tokens), use_cache=False).last_hidden_state[0]
+        values = rows.spread(self.head(hidden.float())[:, 0], tokens.numel()).view(tokens.shape)
+        return torch.nn.functional.pad(values[:, :-1], (1, 0))

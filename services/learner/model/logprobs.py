@@ -1,8 +1,9 @@
 """Log-probs and entropies of tokens, without an array of [tokens, vocabulary] entries.
 
-The head is applied to `chunk` tokens at a time, and the backward pass computes the logits again. The chunk is part of
-the layout of a pass: chunks are cut from the flattened [rows, length] positions, independent of the wanted tokens, so a
-token has the same bits in every pass with the same rows, length and chunk, with and without gradient or entropy.
+The head is applied to `chunk` tokens at a time, and the backward pass computes the logits again. A pass of a single
+chunk keeps its logits instead: the backward pass would have to hold as many. The chunk is part of the layout of a pass:
+chunks are cut from the flattened [rows, length] positions, independent of the wanted tokens, so a token has the same
+bits in every pass with the same rows, length and chunk, with and without gradient or entropy.
 
     log p = log softmax(z / tau)        H = -sum p log p
     d log p_t / d z_v = (1[v = t] - p_v) / tau        d H / d z_v = -p_v (log p_v + H) / tau
@@ -110,11 +111,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
         shape, device = (len(hidden),), hidden.device
         logprobs, entropies, normalizers = (torch.zeros(shape, device=device) for _ in range(3))
         backward = any(ctx.needs_input_grad)
+        keep = backward and len(hidden) <= chunk
+        ctx.logits = None
         for start in _wanted_chunks(positions.wanted, chunk):
             logits = head.logits(hidden[start : start + chunk])
             for block in float32_blocks(logits):
                 rows = slice(start + block.start, start + block.stop)
-                scaled = logits[block].float()
+                scaled = logits[block].to(torch.float32, copy=keep)
                 if positions.scaled:
                     scaled.div_(positions.temperatures[rows])
                 all_logprobs = scaled.log_softmax(-1)
@@ -124,6 +127,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 if entropy:
                     probs = torch.exp(all_logprobs, out=scaled)
                     entropies[rows] = -probs.mul_(all_logprobs.clamp_(min=LOWEST)).sum(-1)
+            if keep:
+                ctx.logits = logits
             del logits
         logprobs, entropies = (torch.where(positions.wanted, values, 0.0) for values in (logprobs, entropies))
         ctx.save_for_backward(hidden, weight, bias, positions.targets, positions.temperatures, normalizers, entropies)
@@ -153,7 +158,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
             entropies=entropies[places, None],
         )
         needs = ctx.needs_input_grad
-        by_hidden, by_weight, by_bias = head_gradients(head, tokens, ctx.chunk, weight=needs[1], bias=needs[2])
+        kept, ctx.logits = ctx.logits, None  # overwritten below, so another backward pass computes them again
+        if kept is not None:
+            kept = _moved_up_(kept, places)
+        by_hidden, by_weight, by_bias = head_gradients(
+            head, tokens, ctx.chunk, weight=needs[1], bias=needs[2], logits=kept
+        )
         spread = torch.zeros_like(hidden).index_copy_(0, places, by_hidden.to(hidden.dtype)) if needs[0] else None
         return spread, by_weight, by_bias, None, None, None, None
 
@@ -179,15 +189,25 @@ class TokensWithGradient(NamedTuple):
 
 
 def head_gradients(
-    head: LinearHead, tokens: TokensWithGradient, chunk: int, *, weight: bool, bias: bool
+    head: LinearHead,
+    tokens: TokensWithGradient,
+    chunk: int,
+    *,
+    weight: bool,
+    bias: bool,
+    logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of hidden states (float32), weight and bias, tile by tile.
 
     A tile has as many entries as the logits of a chunk, but more tokens and fewer vocabulary entries: the gradient of a
     vocabulary entry then has few terms to be added up in float32.
+
+    logits: of all positions, at most a chunk of them. They are overwritten. None: each tile is computed.
     """
     vocabulary, count = len(head.weight), len(tokens.targets)
-    width = min(vocabulary, max(NARROWEST_TILE, chunk * vocabulary // max(1, count)))
+    width = (
+        vocabulary if logits is not None else min(vocabulary, max(NARROWEST_TILE, chunk * vocabulary // max(1, count)))
+    )
     height = max(1, chunk * vocabulary // width)
     by_hidden = torch.zeros(tokens.hidden.shape, device=tokens.hidden.device)
     by_weight = torch.zeros_like(head.weight) if weight else None
@@ -197,7 +217,7 @@ def head_gradients(
         weight_sum = bias_sum = None
         for start in range(0, count, height):
             part = tokens.part(slice(start, start + height))
-            tile = head.logits(part.hidden, entries)
+            tile = head.logits(part.hidden, entries) if logits is None else logits[start : start + height]
             for block in float32_blocks(tile):
                 _to_gradient_(tile[block], part.part(block), first, head)
             by_hidden[start : start + height] += tile @ head.weight[entries]
@@ -211,6 +231,16 @@ def head_gradients(
         if by_bias is not None and bias_sum is not None:
             by_bias[entries] = bias_sum
     return by_hidden, by_weight, by_bias
+
+
+def _moved_up_(logits: Tensor, places: Tensor) -> Tensor:
+    """Return the logits of ascending places, in the memory of `logits`."""
+    first = 0
+    for block in float32_blocks(logits):
+        own = places[block]
+        logits[first : first + len(own)] = logits[own]
+        first += len(own)
+    return logits[: len(places)]
 
 
 def _to_gradient_(logits: Tensor, tokens: TokensWithGradient, first: int, head: LinearHead) -> None:

@@ -56,10 +56,8 @@ class PackedRows:
         positions = np.concatenate([np.arange(own, dtype=np.int64) for own in lengths])
         first = np.repeat(np.arange(len(lengths), dtype=np.int64) * length, lengths)
         starts = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-        places, positions, starts = (
-            torch.from_numpy(array).to(device) for array in (first + positions, positions, starts)
-        )
-        return cls(places, positions[None], starts, max(lengths))
+        places, inside, edges = (torch.from_numpy(array).to(device) for array in (first + positions, positions, starts))
+        return cls(places, inside[None], edges, max(lengths))
 
     def arguments(self, tokens: Tensor) -> dict[str, Any]:
         """Return the arguments of a model's forward pass. tokens: [rows, length] int64."""
@@ -162,24 +160,21 @@ def attend_in_rows(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], **options: Any
 ) -> Tensor:
     """One causal call for each row. lengths: tokens of each row."""
-    parts = zip(*(tensor.split(list(lengths), dim=2) for tensor in (query, key, value)), strict=True)
-    outputs = [_whole(module, *part, None, **options)[0] for part in parts]
+    queries, keys, values = (torch.split(tensor, list(lengths), dim=2) for tensor in (query, key, value))
+    outputs = [
+        _whole(module, own_query, own_key, own_value, None, **options)[0]
+        for own_query, own_key, own_value in zip(queries, keys, values, strict=True)
+    ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    flat = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    gqa = query.shape[1] != key.shape[1]
     out = varlen_attn(
-        *flat,
-        starts,
-        starts,
-        longest,
-        longest,
-        scale=scale,
-        window_size=(-1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        queries, keys, values, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=gqa
     )
     assert isinstance(out, Tensor)
     return out[None]

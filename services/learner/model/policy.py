@@ -70,15 +70,15 @@ def load_model(
 
 
 @torch.no_grad()
-def checkpoint_activations(model: torch.nn.Module) -> None:
-    """Let every layer compute its activations again in the backward pass. Raises UserError if the model cannot.
+def checkpoint_activations(model: torch.nn.Module, *, every: int = 1) -> None:
+    """Let every n-th layer compute its activations again in the backward pass. Raises UserError if the model cannot.
 
     transformers does so for layers in training mode only. Only the layers themselves are set to it, not their parts:
     dropout stays off. A model whose values change with it is refused.
     """
     tokens = torch.arange(PROBE_TOKENS, device=next(model.parameters()).device)[None]
     before = decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state
-    keep_layer_inputs(model)
+    keep_layer_inputs(model, every=every)
     if not torch.equal(decoder_of(model)(input_ids=tokens, use_cache=False).last_hidden_state, before):
         raise UserError(
             f"learner.activation_checkpointing: {type(model).__name__} computes other values in training mode "
@@ -86,7 +86,7 @@ def checkpoint_activations(model: torch.nn.Module) -> None:
         )
 
 
-def keep_layer_inputs(model: torch.nn.Module) -> None:
+def keep_layer_inputs(model: torch.nn.Module, *, every: int = 1) -> None:
     """Switch the checkpointing of transformers on, without a look at values. Raises UserError if there is none."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -97,7 +97,7 @@ def keep_layer_inputs(model: torch.nn.Module) -> None:
             f"learner.activation_checkpointing: {type(model).__name__} does not support it; set it to false"
         )
     causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for layer in layers:
+    for layer in layers[::every]:
         layer.training = True
 
 
@@ -169,9 +169,11 @@ def _score(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (0 unless `entropy`), [rows, length]."""
     if isinstance(model, ShardedModel):
+        model.keep_whole(until_backward=torch.is_grad_enabled())
         sharded: tuple[Tensor, Tensor] = model(
             lambda causal: _score(causal, tokens, temperatures, wanted, rows, entropy=entropy)
         )
+        model.keep_whole(until_backward=False)
         return sharded
     chunk: int = getattr(model, CHUNK_ATTRIBUTE, LOGPROB_CHUNK_TOKENS)
     positions = _positions(tokens, temperatures, wanted)

@@ -1,6 +1,7 @@
 """Builds the sharded policy of a rank from the configuration."""
 
 import os
+from functools import partial
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -27,7 +28,8 @@ def build_shards(config: RunConfig, ranks: ProcessGroup) -> Shards:
     )
     model = files.build(holds=torch.float32, trains=True)
     if learner.activation_checkpointing:
-        model(checkpoint_activations)  # inside the root's call its passes can read all weights
+        again = partial(checkpoint_activations, every=learner.activation_checkpointing_every)
+        model(again)  # inside the root's call its passes can read all weights
     return Shards(ShardedPolicy(model, learner.optimizer, ranks), files, ranks)
 
 

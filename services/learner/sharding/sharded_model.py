@@ -32,6 +32,12 @@ class ShardedModel(torch.nn.Module):
         """Return `function(causal)`. All ranks must call it."""
         return function(self.causal)
 
+    def keep_whole(self, *, until_backward: bool) -> None:
+        """Whether the next calls leave the weights outside the blocks whole for their backward pass, which then need
+        not be gathered again. The backward pass frees them."""
+        root: Any = self
+        root.set_reshard_after_forward(until_backward is False, recurse=False)
+
     def shards(self) -> Iterator[tuple[str, DTensor]]:
         """Yield the causal model's own name and the parameter of each weight. A tied weight comes once."""
         for name, parameter in self.causal.named_parameters():
@@ -61,7 +67,7 @@ def shard(causal: torch.nn.Module, mesh: DeviceMesh, *, computes: torch.dtype) -
     """
     policy = MixedPrecisionPolicy(param_dtype=computes, reduce_dtype=torch.float32, cast_forward_inputs=False)
     sharded = ShardedModel(causal)
-    # The root frees its weights after a pass, too: they would otherwise survive an optimizer step after scoring.
+    # The root frees its weights after a pass without gradient, too: they would survive an optimizer step after it.
     for module in (*blocks_of(causal), sharded):
         whole: Any = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         whole.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor

@@ -59,7 +59,8 @@ class ShardedPolicy(TrainablePolicy):
         Each rank adds up the squares of its shards in float64, and all ranks add the sums in rank order, so the norm
         has the same bits on every rank and in every run with as many ranks.
         """
-        own = float(torch.stack([gradient.double().square().sum() for gradient in self.gradients()]).sum())
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in self.gradients()]
+        own = float(torch.stack(norms).square().sum())
         norm = math.sqrt(math.fsum(self._ranks.all_gather_object(own)) / self._copies)
         scale = min(1.0, self._config.max_grad_norm / (norm + NORM_EPSILON))
         if scale < 1.0:

@@ -300,5 +300,6 @@ class Passes:
             version.prepared.values[place],
             clip=switch(self._config.advantages.critic.clip),
             denominator=float(max(1, denominators.tokens)),
+            rows=own.rows,
         )
         loss.backward()  # type: ignore[no-untyped-call]

@@ -61,7 +61,8 @@ def prepare_batch(
         if state.start is not None:
             reference.append(score_batch(state.start, batch, device))
         if state.critic is not None:
-            values.append(state.critic.values(on_device(batch, device).tokens))
+            own = on_device(batch, device)
+            values.append(state.critic.values(own.tokens, own.rows))
     kind = config.advantages.kind
     if kind not in TOKEN_KINDS:
         return Prepared([torch.from_numpy(batch.advantages).to(device) for batch in batches], reference, values, [])

@@ -141,6 +141,16 @@ def test_a_client_that_reads_other_records_is_an_error(read: list[bytes]) -> Non
         bus._rounds({"ours": correct, "bare": FixedClient(read)}, records, 1)
 
 
+@pytest.mark.long
+def test_the_learner_measures_packed_rows_and_their_growth() -> None:
+    small = ("--ranks=1", "--layers=1", "--hidden=64", "--vocabulary=1024", "--steps=1")
+    rows = ("--rows=3", "--length=40", "--shortest=10", "--micro-batch-tokens=80")
+    figures = measured("learner", *small, *rows, "--modes", "packed")
+    assert figures["settings"]["tokens"] == 10 + 20 + 40
+    assert figures["packed"].keys() == {"tokens_per_s", "seconds", "cpu_seconds", "peak_bytes", "moved_bytes"}
+    assert [line["tokens"] for line in measured("learner", *small, "--growth", "32")["growth"]] == [32]
+
+
 @pytest.mark.parametrize("tokens", [8, 9, 63, 2048])
 def test_the_learner_accepts_a_generated_trajectory(tokens: int) -> None:
     made = Maker(1).finished(group_id(3), 2, tokens=tokens, version=5)

@@ -34,6 +34,22 @@ def test_values_and_gradients_are_equal_bit_for_bit(starting_model: Path) -> Non
         assert torch.equal(mine.grad, other.grad), name
 
 
+def test_every_second_layer_is_computed_again(starting_model: Path) -> None:
+    plain = load(starting_model)
+    checkpointed = copy.deepcopy(plain)
+    checkpoint_activations(checkpointed, every=2)
+    find_head(checkpointed)
+    layers = checkpointed.base_model.layers
+    layer = type(layers[0])
+    with patch.object(layer, "forward", autospec=True, side_effect=layer.forward) as calls:
+        values = token_logprobs(checkpointed, ROWS, torch.ones(2, 1))
+        values.sum().backward()
+    assert calls.call_count == len(layers) + len(layers[::2]) > len(layers)
+    token_logprobs(plain, ROWS, torch.ones(2, 1)).sum().backward()
+    for (name, mine), other in zip(checkpointed.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine.grad, other.grad), name
+
+
 def test_dropout_in_a_layer_is_refused() -> None:
     config = AutoConfig.for_model(
         "opt", vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, ffn_dim=64,

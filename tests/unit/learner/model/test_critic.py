@@ -7,9 +7,10 @@ import torch
 
 from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.services.learner.model.critic import Critic
-from palimpsest.services.learner.model.policy import token_logprobs
+from palimpsest.services.learner.model.packing import PackedRows
+from palimpsest.services.learner.model.policy import load_model, token_logprobs
 from palimpsest.services.learner.model.trainable import TrainablePolicy
-from tests.learner_parts.models import load
+from tests.learner_parts.models import CPU, load
 
 pytestmark = pytest.mark.thorough
 
@@ -86,6 +87,26 @@ def test_padding_on_the_right_changes_nothing_before_it(starting_model: Path) ->
     critic = a_critic(starting_model, head=0.1)
     short = critic.values(ROWS[1:, :4])
     assert critic.values(ROWS)[1, :4].tolist() == pytest.approx(short[0].tolist(), abs=2e-3)
+
+
+def test_a_critic_of_packed_rows_gives_their_values(starting_model: Path) -> None:
+    """Values, final values and gradients of a packed critic are those of a padded one, within bf16."""
+    lengths = [len(ROWS[0]), len(ROWS[1]) - 2]
+    rows, mask = PackedRows.of(lengths, ROWS.shape[1], CPU), MASK.clone()
+    mask[1, lengths[1] :] = False
+    found = []
+    for layout in ("padded", "packed"):
+        torch.manual_seed(0)
+        critic = Critic(load_model(str(starting_model), CPU, "sdpa", layout=layout), OPTIMIZER)
+        torch.nn.init.normal_(critic._valued.head.weight, std=0.1)
+        with torch.no_grad():
+            values = torch.where(mask, critic.values(ROWS, rows), 0.0)
+        critic.loss(ROWS, mask, torch.ones(ROWS.shape), values, clip=None, denominator=1.0, rows=rows).backward()
+        norm = float(torch.stack(torch._foreach_norm(critic.gradients())).norm())
+        found.append((values, critic.final_values(ROWS, torch.tensor(lengths)), torch.tensor(norm)))
+    for padded, packed in zip(*found, strict=True):
+        assert torch.allclose(padded, packed, rtol=0.05, atol=0.02)
+        assert bool(padded.any())
 
 
 def test_training_the_critic_leaves_the_policy_unchanged(starting_model: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from palimpsest.common.user_error import UserError
@@ -156,6 +157,17 @@ def test_an_attention_that_ignores_the_rows_is_found_at_the_start(
     monkeypatch.setattr(packing, "attend", ignorant)
     with pytest.raises(UserError, match="the values of a row depend on the rows before it"):
         packed(starting_model)
+
+
+def test_on_a_gpu_torchs_attention_for_unequal_rows_gets_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes only: no GPU is needed, and none computes."""
+    monkeypatch.setattr(packing, "attend_in_rows", None)
+    with FakeTensorMode():
+        query, key = (torch.empty(1, heads, 12, 32, dtype=torch.bfloat16, device="cuda") for heads in (4, 2))
+        starts = torch.empty(4, dtype=torch.int32, device="cuda")
+        named = {"cu_seq_lens_q": starts, "max_length_q": 5, "scaling": 0.2, "dropout": 0.0}
+        out, _ = packing.attend(torch.nn.Module(), query, key, key, None, **named)
+        assert (tuple(out.shape), out.device.type) == ((1, 12, 4, 32), "cuda")
 
 
 def test_a_window_that_reaches_the_attention_is_refused() -> None:
