@@ -27,6 +27,8 @@ POSITION_KEYS = (
 """Keys of config.json that hold a number of positions. The smallest value counts, as in vLLM."""
 UNSCALED = ("default", "su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 """Types of RoPE scaling that leave the number of positions unchanged, as in vLLM. Other types multiply it by factor."""
+EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of config.json that hold the number of experts of a layer."""
 SOFT_CAP = "attn_logit_softcapping"
 """Key of config.json: c of c tanh(score / c), which limits the attention scores (Gemma 2)."""
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -59,6 +61,7 @@ def refuse_limits(config: RunConfig) -> None:
     values = _read(Path(path) / "config.json")
     refuse_attention(path, config.model.attention, values)
     refuse_layout(path, config.learner.layout, config.model.attention, values)
+    refuse_adapter(config, values)
     rows, tokenizer = text_values(values).get("vocab_size"), tokenizer_ids(Path(path))
     if isinstance(rows, int) and tokenizer is not None:
         # The worker, which reads the template that replaces the model's, examines that one.
@@ -140,6 +143,28 @@ def refuse_layout(path: str, layout: str, attention: str, values: Mapping[str, A
         raise UserError(
             'learner.layout is "packed", and model.attention = "eager" cannot compute packed rows. Set '
             'model.attention = "sdpa", or learner.layout = "padded"'
+        )
+
+
+def refuse_adapter(config: RunConfig, values: Mapping[str, Any]) -> None:
+    """Raise UserError if the run trains an adapter where it does not work yet. values: of the model's config.json."""
+    engine, rank = config.rollout.engine, config.learner.lora.rank
+    if not rank:
+        return
+    if found := next((key for key in EXPERT_KEYS if text_values(values).get(key)), None):
+        raise UserError(
+            f"learner.lora.rank is {rank}, but the model in {config.model.path} is a mixture of experts ({found} in "
+            f"config.json), which cannot have adapters yet. Set learner.lora.rank = 0"
+        )
+    if config.learner.layout != "padded":
+        raise UserError(
+            f"learner.lora.rank is {rank}, but learner.layout is {config.learner.layout}: adapters are not tested with "
+            f'it yet. Set learner.layout = "padded"'
+        )
+    if isinstance(engine, VllmEngineConfig) and engine.tensor_parallel > 1:
+        raise UserError(
+            f"learner.lora.rank is {rank}, but rollout.engine.tensor_parallel is {engine.tensor_parallel}: an adapter "
+            f"cannot be read back from several GPUs yet. Set rollout.engine.tensor_parallel = 1"
         )
 
 

@@ -29,6 +29,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging
 
+from palimpsest.common.base_model import base_digest
+from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.snapshots.frames import Hashed, RawTensor
 from palimpsest.common.snapshots.manifest import Manifest, unseal
 from palimpsest.common.snapshots.raw_file import RawFile
@@ -117,15 +119,34 @@ class Models:
             raw = RawFile(Path(folder) / "weights.raw")
             Walker(self, raw).move(manifest.version)  # along the deltas from a base
             tensors = {tensor.name: torch_tensor(tensor) for tensor in raw.tensors(manifest)}
-        with tempfile.TemporaryDirectory() as folder:
-            AutoConfig.from_pretrained(self._path).save_pretrained(folder)
-            save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.bfloat16, attn_implementation=self._attention
-            ).eval()
+        if isinstance(manifest.adapter, Adapter):
+            model = self._adapted(tensors, manifest.adapter)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                AutoConfig.from_pretrained(self._path).save_pretrained(folder)
+                save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+                model = self._plain(folder)
         head = model.get_output_embeddings()
         head.forward = in_chunks(head.forward, self._chunk)
         return model
+
+    def _plain(self, folder: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, attn_implementation=self._attention
+        ).eval()
+
+    def _adapted(self, tensors: dict[str, torch.Tensor], adapter: Adapter) -> Any:
+        """The base model with an adapter, as peft loads it from a folder."""
+        from peft import LoraConfig, PeftModel
+
+        if base_digest(self._path) != adapter.base:
+            raise Lacking(f"{self._path} is not the base model of the run: name it with --model")
+        with tempfile.TemporaryDirectory() as folder:
+            LoraConfig(
+                r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.targets), task_type="CAUSAL_LM"
+            ).save_pretrained(folder)
+            save_file(tensors, Path(folder) / "adapter_model.safetensors")
+            return PeftModel.from_pretrained(self._plain(self._path), folder, autocast_adapter_dtype=False).eval()
 
 
 def torch_tensor(tensor: RawTensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from palimpsest.common.config.lora import LoraConfig
 from palimpsest.common.config.objective import AdvantageConfig, AuditConfig, DiscrepancyConfig, LossConfig, VcpoConfig
 from palimpsest.common.config.proximal import PROXIMAL_KINDS, ProximalConfig, SnapshotProximal
 from palimpsest.common.config.section import FilePath, Positive, PositiveFloat, Section, Service, Share
@@ -114,6 +115,7 @@ class LearnerConfig(Service):
     vcpo: VcpoConfig = VcpoConfig()
     audit: AuditConfig = AuditConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     canary_trajectories: Positive = 16
     """Number of trajectories of the newest batch that workers score to verify a loaded version."""
@@ -178,6 +180,7 @@ class LearnerConfig(Service):
             (self.advantages.kind == "gae", 'advantages.kind = "gae" trains a whole critic'),
             (self.vcpo.baseline, "vcpo.baseline takes the gradient of each trajectory"),
             (self.publishing != "inline", f'publishing = "{self.publishing}" copies a whole model in one process'),
+            (self.lora.rank > 0, f"lora.rank = {self.lora.rank} needs the whole base model on each rank"),
         )
         if reasons := [reason for applies, reason in unsupported if applies]:
             raise ValueError(

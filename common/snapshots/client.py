@@ -16,10 +16,12 @@ from typing import IO, Any, Self, cast
 import httpx
 import msgspec
 from blake3 import blake3
+from msgspec import UNSET
 
 from palimpsest.common import failpoints
 from palimpsest.common.bus.claim_check import MOST_CLAIM_BYTES
 from palimpsest.common.files import with_filename
+from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.snapshots.chain import ChainCost
 from palimpsest.common.snapshots.codec import Bytes
 from palimpsest.common.snapshots.encoding import EncodedVersion, encode_version
@@ -143,11 +145,12 @@ class SnapshotClient:
         *,
         writer: int,
         parent: ParentWeights | None = None,
+        adapter: Adapter | None = None,
     ) -> Manifest:
         """Store a version. After the return it is complete and may be announced.
 
         parent: the previous version, with its bytes; the version is then stored as a delta to it if that costs less.
-        `tensors` is then iterated a second time otherwise.
+        `tensors` is then iterated a second time otherwise. adapter: what the tensors are; None: whole weights.
 
         A repeat with the same weights has no effect. Raises VersionConflict if the store holds other weights under this
         number, ParentMissing if the store does not hold the parent, and Fenced if there is a newer writer than
@@ -170,6 +173,7 @@ class SnapshotClient:
                 canaries=tuple(canaries),
                 parent=parent.parent if parent else None,
                 encodings=dict(encoded.kinds),
+                adapter=UNSET if adapter is None else adapter,
             )
             failpoints.reach("learner.after_encoding")
             reply = self._send(manifest, file)

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 from blake3 import blake3
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
+from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.versions import Version
 
 SCHEMA = 2
@@ -98,6 +99,8 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     """The version from which the slices of a delta lead here; None for the other encodings."""
     encodings: Mapping[str, int] = {}
     """Kind of slice -> number of slices of this kind in the object; empty for `base`."""
+    adapter: Adapter | UnsetType = UNSET
+    """What the tensors mean if they are an adapter; absent if they are the whole weights."""
 
     @property
     def reversible(self) -> bool:

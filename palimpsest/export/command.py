@@ -12,8 +12,8 @@ from palimpsest.services.report.named_run import named_run
 
 PROGRAM = "palimpsest export"
 USAGE = f"""\
-usage: {PROGRAM} RUN [--version N] [--overwrite] FOLDER
-       {PROGRAM} RUN.toml [--version N] [--overwrite] [--SECTION.KEY=VALUE ...] FOLDER
+usage: {PROGRAM} RUN [--version N] [--adapter] [--overwrite] FOLDER
+       {PROGRAM} RUN.toml [--version N] [--adapter] [--overwrite] [--SECTION.KEY=VALUE ...] FOLDER
 
 Write a version of a run as a Hugging Face model: config, tokenizer and chat template of the starting model, the weights
 of the version as safetensors, and a model card. transformers and vLLM load the folder. Every tensor is checked against
@@ -23,6 +23,7 @@ its digest. The command reads the store directly, so it works with or without ru
   RUN.toml         the configuration of a run without such a folder; pass --run.id=ID as well
   FOLDER           the new folder of the model; if it exists, it must be empty
   --version N      the version to export (default: the newest)
+  --adapter        of a run with learner.lora: write the adapter alone, as peft loads it (default: merged)
   --overwrite      replace the exported model in FOLDER
   --model.path=... with RUN.toml, sets any key of the run; this key names another copy of the starting model
 
@@ -42,6 +43,7 @@ class Request:
     folder: Path = Path()
     version: int | None = None
     overwrite: bool = False
+    adapter: bool = False
 
 
 def run_command(arguments: Sequence[str], environment: Mapping[str, str]) -> Iterator[str]:
@@ -54,7 +56,14 @@ def run_command(arguments: Sequence[str], environment: Mapping[str, str]) -> Ite
     from palimpsest.export.export import export
 
     with _interrupted_by_signals():
-        done = export(config, home, request.folder, version=request.version, overwrite=request.overwrite)
+        done = export(
+            config,
+            home,
+            request.folder,
+            version=request.version,
+            overwrite=request.overwrite,
+            alone=request.adapter,
+        )
     yield f"version {done.version} of run {done.run}: {count(done.tensors, 'tensor')}, {count(done.bytes, 'byte')}"
     yield f"digest: {done.digest}"
     yield f"model: {done.folder}"
@@ -69,6 +78,8 @@ def parse(arguments: Sequence[str]) -> Request:
         name, equals, value = argument.partition("=")
         if argument == "--overwrite":
             request.overwrite = True
+        elif argument == "--adapter":
+            request.adapter = True
         elif name == "--version":
             request.version = _number(value if equals else waiting.pop(0) if waiting else "")
         elif argument.startswith("-") and "." not in name:

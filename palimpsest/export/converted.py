@@ -19,6 +19,11 @@ def write_converted(starting: Path, tensors: Iterable[RawTensor], folder: Path, 
     model = load_model(str(starting), torch.device("cpu"), "eager")
     load_weights(model, tensors)
     model.save_pretrained(folder, max_shard_size=limit)  # type: ignore[operator]
+    keep_weights(folder)
+
+
+def keep_weights(folder: Path) -> None:
+    """Delete what `save_pretrained` wrote besides weights: the export copies the configs of the starting model."""
     for file in folder.iterdir():
         if not file.name.startswith("model"):
-            file.unlink()  # the export copies the configs of the starting model
+            file.unlink()

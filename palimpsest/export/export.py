@@ -9,12 +9,14 @@ from palimpsest import __version__
 from palimpsest.common import run_folder
 from palimpsest.common.config.schema import Model, RunConfig
 from palimpsest.common.files import with_filename, write
+from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.snapshots.frames import RawTensor
 from palimpsest.common.snapshots.manifest import Manifest
 from palimpsest.common.user_error import UserError
 from palimpsest.export import layout
+from palimpsest.export.adapter import write_adapter, write_merged
 from palimpsest.export.converted import write_converted
-from palimpsest.export.model_card import Provenance, model_card
+from palimpsest.export.model_card import Form, Provenance, model_card
 from palimpsest.export.new_folder import new_folder, refuse_occupied
 from palimpsest.export.safetensors_file import SafetensorsFile
 from palimpsest.export.starting_model import StartingModel, find
@@ -43,11 +45,13 @@ def export(
     *,
     version: int | None = None,
     overwrite: bool = False,
+    alone: bool = False,
     shard_bytes: int = layout.SHARD_BYTES,
 ) -> Exported:
     """Write a version (default: the newest) to `folder`. If an error occurs, `folder` is unchanged.
 
-    home: folder of the run; its history has the number of trained tokens. Raises UserError.
+    home: folder of the run; its history has the number of trained tokens. alone: write the adapter that the version
+    holds, without its base model; otherwise an adapter is merged into the base model. Raises UserError.
     """
     refuse_occupied(folder, overwrite=overwrite)
     starting = find(config.model.path)
@@ -56,19 +60,33 @@ def export(
     with StoredVersions(config) as stored:
         manifest = stored.manifest(version)
         with new_folder(folder, overwrite=overwrite) as partial:
-            _write_tensors(stored.tensors(manifest), manifest, starting, partial, limit=shard_bytes)
-            _write_beside(config, home, manifest, starting, partial, name=folder.name or str(folder))
+            form = _write_tensors(stored.tensors(manifest), manifest, starting, partial, limit=shard_bytes, alone=alone)
+            _write_beside(config, home, manifest, starting, partial, name=folder.name or str(folder), form=form)
     size = sum(entry.size for entry in manifest.tensors)
     return Exported(folder, config.run.id, manifest.version, manifest.digest, len(manifest.tensors), size)
 
 
 def _write_tensors(
-    tensors: Iterator[RawTensor], manifest: Manifest, starting: StartingModel, folder: Path, *, limit: int
-) -> None:
+    tensors: Iterator[RawTensor],
+    manifest: Manifest,
+    starting: StartingModel,
+    folder: Path,
+    *,
+    limit: int,
+    alone: bool,
+) -> Form:
+    if isinstance(manifest.adapter, Adapter):
+        if alone:
+            write_adapter(tensors, manifest, manifest.adapter, starting, folder)
+            return "adapter"
+        write_merged(tensors, manifest.adapter, starting, folder, limit=limit)
+        return "merged"
+    if alone:
+        raise UserError(f"version {manifest.version} holds whole weights: leave out --adapter")
     names = starting.tensor_names()
     if names is not None and not names >= {entry.name for entry in manifest.tensors}:
         write_converted(starting.folder, tensors, folder, limit=limit)
-        return
+        return "whole"
     files = layout.shards(manifest.tensors, limit)
     if len(files) > 1:
         write(folder / layout.INDEX, layout.index(files).encode())
@@ -81,15 +99,17 @@ def _write_tensors(
             opened[tensor.name].write(tensor)
         for written in set(opened.values()):
             written.sync()
+    return "whole"
 
 
 def _write_beside(
-    config: RunConfig, home: Path, manifest: Manifest, starting: StartingModel, folder: Path, *, name: str
+    config: RunConfig, home: Path, manifest: Manifest, starting: StartingModel, folder: Path, *, name: str, form: Form
 ) -> None:
     """Write all files except the tensors."""
     write_tokenizer(config.model, starting, folder)
     dtype = layout.main_dtype(manifest.tensors)
-    write(folder / layout.CONFIG, layout.config_text(starting.config(), dtype).encode())
+    if form != "adapter":
+        write(folder / layout.CONFIG, layout.config_text(starting.config(), dtype).encode())
     made = Provenance(
         run=config.run.id,
         version=manifest.version,
@@ -102,6 +122,7 @@ def _write_beside(
         starting_model=starting.name,
         hub_id=starting.hub_id,
         palimpsest=__version__,
+        form=form,
     )
     write(folder / layout.CARD, model_card(made, folder=name).encode())
 

@@ -4,10 +4,18 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from huggingface_hub import ModelCardData
 
+Form = Literal["whole", "merged", "adapter"]
+"""All weights as stored, an adapter merged into its base model, or an adapter alone."""
 TAGS = ("palimpsest", "reinforcement-learning")
+_ABOUT: Mapping[Form, str] = {
+    "whole": "",
+    "merged": "; the trained adapter is merged into the base model, rounded once",
+    "adapter": "; an adapter (LoRA), loaded with its base model",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,7 @@ class Provenance:
     """Hub id of the starting model; empty for a local model."""
     palimpsest: str
     """Version of Palimpsest."""
+    form: Form = "whole"
 
 
 def model_card(made: Provenance, *, folder: str) -> str:
@@ -47,7 +56,7 @@ def model_card(made: Provenance, *, folder: str) -> str:
         "recipe": f"`{made.recipe}`" if made.recipe else "none; each part as configured",
         "proximal": f"`{made.proximal}`",
         "environments": _environments(made.environments),
-        "tensors": made.dtype,
+        "tensors": made.dtype + _ABOUT[made.form],
         "Palimpsest": made.palimpsest,
     }
     start = f"[{made.hub_id}](https://huggingface.co/{made.hub_id})" if made.hub_id else f"`{made.starting_model}`"
@@ -72,6 +81,16 @@ def model_card(made: Provenance, *, folder: str) -> str:
             "## Load it",
             "",
             "```python",
+            *_loading(made, folder),
+            "```",
+            "",
+        ]
+    )
+
+
+def _loading(made: Provenance, folder: str) -> list[str]:
+    if made.form != "adapter":
+        return [
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
             f'model = AutoModelForCausalLM.from_pretrained({json.dumps(folder)}, dtype="{made.dtype}")',
@@ -80,16 +99,29 @@ def model_card(made: Provenance, *, folder: str) -> str:
             "",
             "```sh",
             f"vllm serve {shlex.quote(folder)}",
-            "```",
-            "",
         ]
-    )
+    base = made.hub_id or "BASE"
+    return [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained({json.dumps(base)}, dtype="{made.dtype}")',
+        f"model = PeftModel.from_pretrained(base, {json.dumps(folder)}, autocast_adapter_dtype=False)",
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})",
+        "```",
+        "",
+        "```sh",
+        f"vllm serve {shlex.quote(base)} --enable-lora --lora-modules policy={shlex.quote(folder)}",
+    ]
 
 
 def _header(made: Provenance) -> str:
     """Return the metadata for the hub, which rejects a base_model that is no hub id."""
     data = ModelCardData(
-        base_model=made.hub_id or None, library_name="transformers", pipeline_tag="text-generation", tags=list(TAGS)
+        base_model=made.hub_id or None,
+        library_name="peft" if made.form == "adapter" else "transformers",
+        pipeline_tag="text-generation",
+        tags=list(TAGS),
     )
     return data.to_yaml()
 

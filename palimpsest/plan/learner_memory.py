@@ -2,7 +2,8 @@
 
 Without sharding, every rank holds the whole model and its optimizer (services/learner/model/trainable.py). With it,
 each rank holds a share of the float32 masters, which are cast while a block is gathered, and of all that has their
-shape (docs/sharding.md).
+shape (docs/sharding.md). With an adapter, the base is held once, and everything else has the adapter's shape
+(docs/lora.md).
 """
 
 from palimpsest.common.config.learner import AVERAGES, LearnerConfig
@@ -34,12 +35,12 @@ def pass_shape(config: LearnerConfig, longest: int, attention: str) -> PassShape
     rows = 1 if config.vcpo.baseline else max(1, config.micro_batch_tokens // length)
     rest = max(0, config.micro_batch_tokens - rows * length) if packed and not config.vcpo.baseline else 0
     every = config.activation_checkpointing_every if config.activation_checkpointing else 0
-    return PassShape(rows, length, config.logprob_chunk_tokens, every, attention, packed, rest)
+    return PassShape(rows, length, config.logprob_chunk_tokens, every, attention, packed, rest, config.lora)
 
 
 def _held(config: LearnerConfig, rehearsed: Rehearsed, shares: int) -> list[Cause]:
     model, kind = rehearsed.model, config.proximal.kind
-    each, split = -(-FLOAT32 * model.parameters // shares), ("local.learner_ranks",) if shares > 1 else ()
+    each, split = -(-FLOAT32 * model.trained // shares), ("local.learner_ranks",) if shares > 1 else ()
     causes = [
         Cause("masters, float32", each, split),
         Cause("gradients, float32", each, split),
@@ -48,16 +49,16 @@ def _held(config: LearnerConfig, rehearsed: Rehearsed, shares: int) -> list[Caus
     if config.sharding == "none":
         causes.insert(0, Cause("weights", model.weights))
     if kind == "snapshot":
-        old = -(-model.weights // shares)
+        old = -(-model.copied // shares)
         causes.append(Cause("weights of an old version", old, ("learner.proximal.kind", *split)))
     if kind in AVERAGES:
         causes.append(Cause("average of the weights, float32", each, ("learner.proximal.kind",)))
-        causes.append(Cause("average in the model's type", model.weights, ("learner.proximal.kind",)))
+        causes.append(Cause("average in the model's type", model.copied, ("learner.proximal.kind",)))
     if config.audit.fraction and not PROXIMAL_KINDS[kind].exact:
-        old = -(-model.weights // shares)
+        old = -(-model.copied // shares)
         causes.append(Cause("weights of an old version, for the audit", old, ("learner.audit.fraction",)))
     if config.loss.kl.weight:
-        causes.append(Cause("weights of version 0", -(-model.weights // shares), ("learner.loss.kl.weight",)))
+        causes.append(Cause("weights of version 0", -(-model.copied // shares), ("learner.loss.kl.weight",)))
     if config.advantages.kind == "gae":
         size = model.decoder_weights + 4 * FLOAT32 * model.decoder_parameters
         causes.append(Cause("critic with its optimizer", size, ("learner.advantages.kind",)))
@@ -85,7 +86,7 @@ def _moments(
     )
     step = [Cause("denominators of AdamW, float32", -(-rehearsed.step // shares))]
     if ranks > 1 and shares == 1:
-        step = [max(step[0], Cause("sum of the gradients over the ranks", FLOAT32 * rehearsed.model.parameters),
+        step = [max(step[0], Cause("sum of the gradients over the ranks", FLOAT32 * rehearsed.model.trained),
                     key=lambda cause: cause.size)]  # fmt: skip
     return [
         Moment(

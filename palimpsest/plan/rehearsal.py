@@ -8,7 +8,7 @@ The rehearsed attention is fused (scaled_dot_product_attention without a mask) u
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -18,10 +18,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from palimpsest.common.config.learner import OptimizerConfig
+from palimpsest.common.config.lora import LoraConfig
 from palimpsest.common.model_path import WHOLE, refuse_no_model, sentence
 from palimpsest.common.user_error import UserError
 from palimpsest.plan.live_bytes import LiveBytes
 from palimpsest.services.learner.model.logprobs import TokensWithGradient, float32_blocks, head_gradients
+from palimpsest.services.learner.model.lora import add_adapter
 from palimpsest.services.learner.model.output_head import LinearHead, Transform, decoder_of
 from palimpsest.services.learner.model.packing import attend_in_rows
 from palimpsest.services.learner.model.policy import keep_layer_inputs
@@ -49,6 +51,8 @@ class PassShape:
     """learner.layout = "packed": the rows are in one sequence."""
     rest: int = 0
     """Tokens of one more row of a packed pass, shorter than the others."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """learner.lora"""
 
     @property
     def lengths(self) -> list[int]:
@@ -73,10 +77,14 @@ class ModelSize:
     """Number of token ids."""
     weights: int
     """Parameters and buffers in their own type."""
+    trained: int
+    """Number of trained parameters: all, or those of the adapter."""
+    copied: int
+    """What a copy for other weights adds: all weights, or the adapter and the buffers."""
     decoder_weights: int
-    """Parameters of the decoder, without the head."""
+    """Trained parameters of the decoder, without the head."""
     decoder_parameters: int
-    """Number of parameters of the decoder."""
+    """Number of trained parameters of the decoder."""
     largest_block: int
     """Number of parameters of the largest block; 0 if transformers names no blocks."""
     outside: int
@@ -106,7 +114,7 @@ def rehearse(path: str, shape: PassShape) -> Rehearsed:
     refuse_no_model(path)
     try:
         with _fake(shape):
-            model = _model(path, shape.attention)
+            model = _model(path, shape)
             return _rehearse(model, shape)
     except UserError:
         raise
@@ -151,12 +159,14 @@ def _no_mask(*_: Any, **__: Any) -> None:
     """
 
 
-def _model(path: str, attention: str) -> torch.nn.Module:
+def _model(path: str, shape: PassShape) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(path)
-    kind = "eager" if attention == "eager" else FUSED
+    kind = "eager" if shape.attention == "eager" else FUSED
     model: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=kind)
+    if shape.lora.rank:
+        add_adapter(model, shape.lora)
     return model.eval()
 
 
@@ -191,13 +201,17 @@ def _rehearse(model: torch.nn.Module, shape: PassShape) -> Rehearsed:
 
 def _size(model: torch.nn.Module) -> ModelSize:
     causal: Any = model
-    own, decoder = list(model.parameters()), list(decoder_of(model).parameters())
+    own = list(model.parameters())
+    trained = [p for p in own if p.requires_grad]
+    decoder = [p for p in decoder_of(model).parameters() if p.requires_grad]
     blocks = [sum(p.numel() for p in block.parameters()) for block in _blocks(model)]
     return ModelSize(
         kind=type(model).__name__,
         parameters=sum(p.numel() for p in own),
         vocabulary=causal.get_input_embeddings().num_embeddings,
         weights=_bytes(own) + _bytes(list(model.buffers())),
+        trained=sum(p.numel() for p in trained),
+        copied=_bytes(trained) + _bytes(list(model.buffers())),
         decoder_weights=_bytes(decoder),
         decoder_parameters=sum(p.numel() for p in decoder),
         largest_block=max(blocks, default=0),

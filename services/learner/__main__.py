@@ -11,6 +11,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
+from palimpsest.common.base_model import own_adapter
 from palimpsest.common.config import Invocation
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.control.credentials import open_access
@@ -62,6 +63,7 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     if server is not None:
         server.doing = "the model to be loaded"
         refuse_tokenizer(config.model.path)
+    adapter = own_adapter(config)
     shards = build_shards(config, ranks) if sharded else None
     policy = shards.policy if shards is not None else _whole_policy(config, ranks)
     kept = config.snapshot_store
@@ -79,6 +81,7 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
             on_load=lambda _: instruments.SNAPSHOT_LOADS.inc(),
             ranks=ranks,
             shards=shards,
+            adapter=adapter,
         )
         trainer = Trainer(
             policy,
@@ -90,7 +93,8 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
         )
         forward = model_scorer(policy.model, ranks.device)
         if server is not None:
-            run_coordinator(config, stop, store, Training(trainer, policy, state, ranks, shards), forward, server)
+            training = Training(trainer, policy, state, ranks, shards)
+            run_coordinator(config, stop, store, training, forward, server, adapter)
         else:
             run_follower(policy, state, trainer, ranks, forward, shards)
     ranks.close()
@@ -98,16 +102,10 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
 
 def _whole_policy(config: RunConfig, ranks: "ProcessGroup") -> "TrainablePolicy":
     """The policy with all weights on this rank."""
-    from palimpsest.services.learner.model.policy import checkpoint_activations, load_model
+    from palimpsest.services.learner.model.policy import checkpoint_activations, load_policy
     from palimpsest.services.learner.model.trainable import TrainablePolicy
 
-    model = load_model(
-        config.model.path,
-        ranks.device,
-        config.model.attention,
-        logprob_chunk_tokens=config.learner.logprob_chunk_tokens,
-        layout=config.learner.layout,
-    )
+    model = load_policy(config, ranks.device)
     if config.learner.activation_checkpointing:
         checkpoint_activations(model, every=config.learner.activation_checkpointing_every)
     return TrainablePolicy(model, config.learner.optimizer)

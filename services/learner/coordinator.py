@@ -12,6 +12,7 @@ from palimpsest.common.instruments import report_free_bytes
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import Sampling
 from palimpsest.common.service import Starting, Stop
+from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.snapshots.fencing import Fenced
@@ -55,8 +56,10 @@ def run_coordinator(
     training: Training,
     forward: Pass,
     server: Starting,
+    adapter: Adapter | None = None,
 ) -> None:
-    """Run the loop until all versions are done or a stop is requested. forward: scores with the policy."""
+    """Run the loop until all versions are done or a stop is requested. forward: scores with the policy; adapter: what
+    the versions are, None: whole weights."""
     server.doing = "the log to be opened"
     learner, model = config.learner, training.policy.model
     writer, bus, scores = Writer(store), open_bus(config), ScoreStore()
@@ -87,7 +90,7 @@ def run_coordinator(
         epoch=lambda: writer.epoch,
         control=ControlCheck(store),
     )
-    outputs = _outputs(config, training, bus, store, writer, evaluator)
+    outputs = _outputs(config, training, bus, store, writer, evaluator, adapter)
     feed, watch = PageFeed(), WorkerWatch(lambda: open_bus(config), run=config.run.id)
     records = _records(config, (feed, tracking))
     desk, control = build_control(config, bus, store, outputs.publisher, writer)
@@ -131,7 +134,13 @@ def _ledger(config: RunConfig) -> TrajectoryLedger[ReceivedTrajectory]:
 
 
 def _outputs(
-    config: RunConfig, training: Training, bus: Bus, store: SnapshotClient, writer: Writer, evaluator: Evaluator
+    config: RunConfig,
+    training: Training,
+    bus: Bus,
+    store: SnapshotClient,
+    writer: Writer,
+    evaluator: Evaluator,
+    adapter: Adapter | None,
 ) -> Outputs:
     """The writers of versions and checkpoints. With a sharded policy, all ranks take part."""
     learner, shards, model = config.learner, training.shards, training.policy.model
@@ -143,9 +152,11 @@ def _outputs(
         on_all_ranks = OnAllRanks(shards)
         canaries, copied = ShardedCanaries(on_all_ranks, **limits), partial(on_all_ranks, gather_weights)
         files = ShardFiles(on_all_ranks, shards.policy)
-    publisher = Publisher(bus, store, writer, model, canaries, run=config.run.id, copied=copied)
+    publisher = Publisher(bus, store, writer, model, canaries, run=config.run.id, copied=copied, adapter=adapter)
     report_free_bytes("checkpoints", config.checkpoint_folder)
-    checkpoints = Checkpoints(config.checkpoint_folder, writer, keep=learner.checkpoint.keep, shards=files)
+    checkpoints = Checkpoints(
+        config.checkpoint_folder, writer, keep=learner.checkpoint.keep, shards=files, adapter=adapter
+    )
     return Outputs(writer, publisher, checkpoints, evaluator)
 
 

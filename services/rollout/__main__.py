@@ -5,6 +5,7 @@ import os
 from contextlib import nullcontext
 
 from palimpsest.common import run_folder
+from palimpsest.common.base_model import own_adapter
 from palimpsest.common.bus.factory import open_bus
 from palimpsest.common.config import Invocation
 from palimpsest.common.config.schema import RunConfig
@@ -54,7 +55,8 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
     )
     refuse_tokenizer(config.model.path, template=dialogue.template)
     limit = trajectory_limit(config)
-    engine = build_engine(config, dialogue, limit.tokens)
+    adapter = own_adapter(config)
+    engine = build_engine(config, dialogue, limit.tokens, adapter)
     server.doing = "the log to be opened"
     bus = open_bus(config)
     async with _sessions(config) as sessions:
@@ -70,6 +72,7 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
                 tolerance=rollout.canary_tolerance,
                 report=lambda applied: worker.report_update(applied),
                 shared=run_folder.cache_folder(config.run.home, "objects"),
+                adapter=adapter,
             )
             sampler = TrajectorySampler(
                 rollout.worker, engine, sessions, dialogue, rollout.attempts, Tally(), weights.wait_verified,

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from palimpsest.common.logs import logger
+from palimpsest.common.snapshots.adapter import Adapter, refuse_other_adapter
 from palimpsest.common.snapshots.client import SnapshotClient, VersionMissing
 from palimpsest.common.snapshots.manifest import Damaged, Manifest
 from palimpsest.common.snapshots.raw_file import RawFile
@@ -48,9 +49,11 @@ class WeightSync:
         tolerance: float | None,
         report: Callable[[UpdateResult], None],
         shared: Path | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         """folder: holds the present weights. shared: the folder of downloads for all workers of this machine; None: one
-        beside `folder`."""
+        beside `folder`. adapter: what the versions are; None: whole weights."""
+        self._adapter = adapter
         self._engine, self._store, self._folder = engine, store, folder
         self._tolerance, self._report = tolerance, report
         self._announced = asyncio.Event()
@@ -171,6 +174,7 @@ class WeightSync:
         if not self._weights.has_order_of(manifest):
             self._walker.forget()  # the file of a new base has the new order
             return await self._fetch(version)
+        refuse_other_adapter(manifest.adapter, self._adapter, f"version {version}")
         instruments.FETCHED_BYTES.inc(moved.bytes)
         return StoredWeights(manifest, self._weights.path)
 

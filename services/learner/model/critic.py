@@ -1,17 +1,18 @@
 """The value model (critic) of `gae`. It predicts the expected return of the current policy before each token.
 
 The critic is a copy of the starting model with a scalar head in place of the vocabulary head. It has separate masters,
-moments and gradients. The learner computes values for every batch at training time: values stored at sampling time
-would come from an older critic and add a second staleness.
+moments and gradients. If the policy trains an adapter, the critic has an adapter of its own on the same frozen weights.
+The learner computes values for every batch at training time: values stored at sampling time would come from an older
+critic and add a second staleness.
 """
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from palimpsest.common.config.learner import LearnerConfig, OptimizerConfig
+from palimpsest.services.learner.model.lora import copy_trained
 from palimpsest.services.learner.model.packing import PackedRows, packs_rows
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 
@@ -118,7 +119,7 @@ class _Valued(torch.nn.Module):
         super().__init__()
         causal: Any = model
         # Copy only the decoder: the critic does not use the vocabulary head or its logits.
-        self.decoder = copy.deepcopy(causal.base_model)
+        self.decoder = copy_trained(model, causal.base_model)
         self.head = torch.nn.Linear(causal.config.get_text_config().hidden_size, 1, dtype=torch.float32)
         # A zero head adds no noise to the first advantages and is equal on all ranks.
         torch.nn.init.zeros_(self.head.weight)

@@ -9,12 +9,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from palimpsest.common.config.learner import LOGPROB_CHUNK_TOKENS
+from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.model_limits import refuse_attention, refuse_layout
 from palimpsest.common.model_path import WHOLE, refuse_no_model, sentence
 from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.model.device_batch import on_device
 from palimpsest.services.learner.model.logprobs import Positions, checkpointed_logprobs, chunked_logprobs
+from palimpsest.services.learner.model.lora import add_adapter
 from palimpsest.services.learner.model.output_head import (
     CHUNK_ATTRIBUTE,
     PROBE_TOKENS,
@@ -67,6 +69,21 @@ def load_model(
     if layout == PACKED:
         use_packing(module)
     return module
+
+
+def load_policy(config: RunConfig, device: torch.device) -> torch.nn.Module:
+    """Load the model of the run, with a new adapter if it trains one. Raises UserError."""
+    learner = config.learner
+    model = load_model(
+        config.model.path,
+        device,
+        config.model.attention,
+        logprob_chunk_tokens=learner.logprob_chunk_tokens,
+        layout=learner.layout,
+    )
+    if learner.lora.rank:
+        add_adapter(model, learner.lora)
+    return model
 
 
 @torch.no_grad()

@@ -7,17 +7,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from palimpsest.common.snapshots.adapter import Adapter, refuse_other_adapter
 from palimpsest.common.snapshots.client import RawTensor
 from palimpsest.common.snapshots.codec import Bytes
 from palimpsest.common.snapshots.manifest import Manifest, TensorEntry
 from palimpsest.services.learner.model.checkpoint_names import checkpoint_tensors
+from palimpsest.services.learner.model.lora import adapter_weights
 
 Weights = dict[str, Tensor]
 
 
 def named_weights(model: torch.nn.Module) -> Weights:
-    """Return views of the model's tensors by checkpoint name. Tied tensors appear once, under the first name."""
-    return checkpoint_tensors(model, _own_weights(model))
+    """Return views of the model's tensors by checkpoint name. Tied tensors appear once, under the first name.
+
+    Of a model with an adapter: the tensors of the adapter, by the names of peft.
+    """
+    adapter = adapter_weights(model)
+    return checkpoint_tensors(model, _own_weights(model)) if adapter is None else adapter
 
 
 def raw_tensors(weights: Weights) -> Iterator[RawTensor]:
@@ -27,19 +33,26 @@ def raw_tensors(weights: Weights) -> Iterator[RawTensor]:
         yield RawTensor(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), flat)
 
 
+def as_tensor(tensor: RawTensor) -> Tensor:
+    """Return a stored tensor, copied, in its own type."""
+    dtype: torch.dtype = getattr(torch, tensor.dtype)
+    return torch.from_numpy(tensor.raw.copy()).view(dtype).reshape(tensor.shape)
+
+
 def load_weights(model: torch.nn.Module, tensors: Iterable[RawTensor]) -> None:
     """Overwrite the model's weights in place. Raises ValueError if names, types or shapes differ.
 
     Tensors under the model's own names are accepted, too: earlier releases stored them so.
     """
-    weights, own = named_weights(model), _own_weights(model)
+    weights = named_weights(model)
+    own = _own_weights(model) if adapter_weights(model) is None else weights
     missing = {name: weight.data_ptr() for name, weight in weights.items()}
     with torch.no_grad():
         for tensor in tensors:
             target = weights.get(tensor.name, own.get(tensor.name))
             if target is None or tuple(target.shape) != tensor.shape or str(target.dtype) != f"torch.{tensor.dtype}":
                 raise ValueError(f"the model has no tensor {tensor.name} {tensor.dtype} {tensor.shape}")
-            target.copy_(torch.from_numpy(tensor.raw.copy()).view(target.dtype).reshape(target.shape))
+            target.copy_(as_tensor(tensor))
             if missing.pop(tensor.name, None) is None:
                 stop = target.data_ptr() + target.numel() * target.element_size()
                 missing = {name: at for name, at in missing.items() if not target.data_ptr() <= at < stop}
@@ -50,12 +63,14 @@ def load_weights(model: torch.nn.Module, tensors: Iterable[RawTensor]) -> None:
 class EditableModel:
     """The model's weights, for a Walker to move from version to version in place (common/snapshots/walker.py)."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: torch.nn.Module, adapter: Adapter | None = None) -> None:
+        """adapter: of the model; None if its weights are whole."""
+        self._model, self._adapter = model, adapter
         self._weights: Weights = {}
 
-    def load(self, tensors: Iterator[RawTensor], _manifest: Manifest) -> None:
-        """See WeightsCopy."""
+    def load(self, tensors: Iterator[RawTensor], manifest: Manifest) -> None:
+        """See WeightsCopy. Raises UserError if the version has another adapter."""
+        refuse_other_adapter(manifest.adapter, self._adapter, f"version {manifest.version}")
         load_weights(self._model, tensors)
 
     @contextmanager
@@ -74,7 +89,8 @@ class EditableModel:
 
     def _tensor(self, entry: TensorEntry) -> Tensor:
         if entry.name not in self._weights:
-            self._weights = _own_weights(self._model) | named_weights(self._model)
+            adapter = adapter_weights(self._model)
+            self._weights = _own_weights(self._model) | named_weights(self._model) if adapter is None else adapter
         tensor = self._weights.get(entry.name)
         if tensor is None or tuple(tensor.shape) != entry.shape or str(tensor.dtype) != f"torch.{entry.dtype}":
             raise ValueError(f"the model has no tensor {entry.name} {entry.dtype} {entry.shape}")

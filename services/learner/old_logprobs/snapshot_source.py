@@ -8,17 +8,18 @@ not scored again. Cost: one bf16 copy of the model, and for each older version i
 version's last token (passes.py).
 """
 
-import copy
 from collections.abc import Callable, Sequence
 
 import torch
 
 from palimpsest.common.config.proximal import MissingPolicy
+from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.snapshots.chain import order
 from palimpsest.common.snapshots.client import SnapshotClient, VersionMissing
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import PaddedBatch, versions_present
 from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.model.lora import copy_trained
 from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason, complete
 from palimpsest.services.learner.old_logprobs.passes import BatchScores
 from palimpsest.services.learner.old_logprobs.versioned_model import MovableModel, VersionedModel
@@ -40,15 +41,16 @@ class SnapshotSource:
         misses: MissingCounter | None = None,
         ranks: ProcessGroup | None = None,
         shadow: Callable[[], MovableModel] | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         """max_tokens: of a pass, padding included; loaded: called with each version that is loaded from the store;
         missing: policy for versions that the store does not hold; ranks: None if this process is alone;
-        shadow: builds the shadow at its first use, None: a copy of the model."""
+        shadow: builds the shadow at its first use, None: a copy of the model; adapter: of the model's versions."""
         self._model, self._store, self._device, self._max_tokens = model, store, device, max_tokens
         self._ranks = ranks
         self._shadow: MovableModel | None = None
         self._build = shadow or self._copy
-        self._loaded = loaded
+        self._loaded, self._adapter = loaded, adapter
         self._missing: MissingPolicy = missing
         self._misses = misses or MissingCounter()
 
@@ -91,4 +93,4 @@ class SnapshotSource:
         return self._shadow.model
 
     def _copy(self) -> VersionedModel:
-        return VersionedModel(copy.deepcopy(self._model).requires_grad_(False), self._store)
+        return VersionedModel(copy_trained(self._model).requires_grad_(False), self._store, self._adapter)

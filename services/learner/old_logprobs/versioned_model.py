@@ -4,6 +4,7 @@ from typing import Protocol
 
 import torch
 
+from palimpsest.common.snapshots.adapter import Adapter, refuse_other_adapter
 from palimpsest.common.snapshots.ahead import FetchAhead
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.snapshots.manifest import Damaged
@@ -34,10 +35,11 @@ class MovableModel(Protocol):
 class VersionedModel:
     """A model and the version whose weights it holds."""
 
-    def __init__(self, model: torch.nn.Module, store: SnapshotClient) -> None:
-        self.model = model
+    def __init__(self, model: torch.nn.Module, store: SnapshotClient, adapter: Adapter | None = None) -> None:
+        """adapter: of the model; None if its weights are whole."""
+        self.model, self._adapter = model, adapter
         self._ahead = FetchAhead(store)
-        self._walker = Walker(self._ahead, EditableModel(model))
+        self._walker = Walker(self._ahead, EditableModel(model, adapter))
 
     @property
     def version(self) -> Version | None:
@@ -60,6 +62,8 @@ class VersionedModel:
             self._walker.move(version)
         except (Damaged, ValueError) as error:
             raise damaged(version, error) from None
+        assert self._walker.manifest is not None
+        refuse_other_adapter(self._walker.manifest.adapter, self._adapter, f"version {version}")
         return True
 
     def expect(self, version: Version) -> None:

@@ -11,6 +11,7 @@ from palimpsest.common import failpoints
 from palimpsest.common.bus.port import Bus, Outgoing
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import CONTROL, ControlChanged, RunFinished, VersionPublished, encode
+from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.snapshots.chain import ChainCost
 from palimpsest.common.snapshots.client import ParentMissing, ParentWeights, RawTensor, SnapshotClient
 from palimpsest.common.snapshots.manifest import Canary, Manifest, Parent
@@ -46,11 +47,14 @@ class Publisher:
         run: str,
         clock: Callable[[], float] = time.monotonic,
         copied: Callable[[], list[RawTensor]] | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
-        """copied: returns a copy of the weights in host memory; None: of the model's."""
+        """copied: returns a copy of the weights in host memory; None: of the model's. adapter: what these weights are;
+        None: whole weights."""
         self._copied = copied or partial(_copied, model)
         self._clock, self._leased = clock, (Version(0), clock())
         self._bus, self._store, self._writer, self._run = bus, store, writer, run
+        self._adapter = adapter
         self.canaries = canaries
         self._parent: ParentWeights | None = None
         """The version stored last, with a copy of its weights; None at the start: the first version has no parent."""
@@ -86,12 +90,13 @@ class Publisher:
     def _store_version(self, version: Version, prepared: PreparedVersion) -> Manifest:
         """Store the weights, as a delta to the version that this publisher stored before if that costs less."""
         weights, canaries, parent = prepared.weights, prepared.canaries, self._parent
+        put = partial(self._store.put, self._run, version, weights, canaries, adapter=self._adapter)
         try:
-            manifest = self._store.put(self._run, version, weights, canaries, writer=self._writer.epoch, parent=parent)
+            manifest = put(writer=self._writer.epoch, parent=parent)
         except ParentMissing as error:
             logger().warning("stored in full", version=version, reason=str(error))
             parent = None
-            manifest = self._store.put(self._run, version, weights, canaries, writer=self._writer.epoch)
+            manifest = put(writer=self._writer.epoch)
         before = parent.cost if parent is not None else ChainCost(manifest.object_size)
         self._parent = ParentWeights(
             Parent(version, manifest.digest), {tensor.name: tensor.raw for tensor in weights}, before.after(manifest)

@@ -2,6 +2,7 @@
 
 import os
 
+from palimpsest.common.base_model import own_adapter
 from palimpsest.common.bus.factory import open_bus
 from palimpsest.common.config import Invocation
 from palimpsest.common.config.proximal import PROXIMAL_KINDS
@@ -36,7 +37,7 @@ def _score(config: RunConfig, stop: Stop, server: Starting) -> None:
     # imports torch: `--check` and an error in the run file must not wait for it
     import torch
 
-    from palimpsest.services.learner.model.policy import load_model
+    from palimpsest.services.learner.model.policy import load_policy
     from palimpsest.services.learner.old_logprobs.versioned_model import VersionedModel
     from palimpsest.services.learner.replica.worker import ReplicaWorker
 
@@ -60,14 +61,8 @@ def _score(config: RunConfig, stop: Stop, server: Starting) -> None:
     with SnapshotClient(config.store_url, ca_file=config.snapshot_store.ca_file) as store:
         try:
             with HeldName(store, "replica", own.name, key="replica.name", on_lost=replica.fail, pause=stop.wait):
-                model = load_model(
-                    config.model.path,
-                    device,
-                    config.model.attention,
-                    logprob_chunk_tokens=config.learner.logprob_chunk_tokens,
-                    layout=config.learner.layout,
-                )
-                replica.work(VersionedModel(model, store), ControlCheck(store))
+                model = VersionedModel(load_policy(config, device), store, own_adapter(config))
+                replica.work(model, ControlCheck(store))
         finally:
             bus.close()
 

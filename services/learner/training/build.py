@@ -1,6 +1,5 @@
 """Builds the training state of a rank from the configuration: the proximal source, the auditor, the critic."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,10 +9,12 @@ import torch
 from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.config.proximal import InterruptionProximal, MissingPolicy, ReplicaProximal, SnapshotProximal
 from palimpsest.common.logs import logger
+from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.snapshots.client import SnapshotClient, VersionMissing
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.critic import Critic, critic_optimizer
+from palimpsest.services.learner.model.lora import copy_trained
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason
 from palimpsest.services.learner.old_logprobs.precomputed_source import PrecomputedSource
@@ -39,6 +40,8 @@ class _Parts:
     """Of a pass, padding included."""
     ranks: ProcessGroup | None
     shards: Shards | None
+    adapter: Adapter | None
+    """Of the versions; None if they hold whole weights."""
 
 
 def build_training_state(
@@ -50,13 +53,14 @@ def build_training_state(
     on_load: Callable[[Version], None],
     ranks: ProcessGroup | None = None,
     shards: Shards | None = None,
+    adapter: Adapter | None = None,
 ) -> TrainingState:
     """Return the state at the start of a run. `TrainingState.restore` then loads a checkpoint.
 
     on_load: called with each version that a source loads from the store; ranks: None if this process is alone;
-    shards: of a sharded policy. All ranks must call it then.
+    shards: of a sharded policy. All ranks must call it then. adapter: what the versions are; None: whole weights.
     """
-    parts = _Parts(policy, store, device, on_load, config.micro_batch_tokens, ranks, shards)
+    parts = _Parts(policy, store, device, on_load, config.micro_batch_tokens, ranks, shards, adapter)
     missed = MissingCounter()
     gae = config.advantages.kind == "gae"
     return TrainingState(
@@ -102,7 +106,7 @@ def _build_source(config: LearnerConfig, parts: _Parts, missed: MissingCounter) 
 def _starting_model(parts: _Parts) -> torch.nn.Module:
     if parts.shards is not None:
         return parts.shards.files.build(holds=COMPUTES, trains=False)
-    return copy.deepcopy(parts.policy.model).requires_grad_(False)
+    return copy_trained(parts.policy.model).requires_grad_(False)
 
 
 def _sharded_shadow(shards: Shards, store: SnapshotClient) -> VersionedShards:
@@ -111,7 +115,7 @@ def _sharded_shadow(shards: Shards, store: SnapshotClient) -> VersionedShards:
 
 def _stored_weights(parts: _Parts, version: Version) -> list[torch.Tensor] | None:
     """Return the weights of a stored version in the order of the masters, float32; None if the store has none."""
-    model = VersionedModel(copy.deepcopy(parts.policy.model), parts.store)
+    model = VersionedModel(copy_trained(parts.policy.model), parts.store, parts.adapter)
     try:
         model.load_version(version)
     except VersionMissing:
@@ -134,5 +138,6 @@ def _snapshot_source(
         missing=missing,
         misses=misses,
         ranks=parts.ranks,
+        adapter=parts.adapter,
         shadow=None if parts.shards is None else partial(_sharded_shadow, parts.shards, parts.store),
     )

@@ -2,6 +2,7 @@
 
 from palimpsest.common import run_folder
 from palimpsest.common.config.schema import RunConfig, ScriptedEngineConfig
+from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import Engine
 from palimpsest.services.rollout.seeds import engine_seed
@@ -10,8 +11,8 @@ FIRST_CANARY_TOKENS = 64
 """Length in tokens of the random canary sequence of the learner's first version."""
 
 
-def build_engine(config: RunConfig, dialogue: ChatRenderer, longest: int) -> Engine:
-    """Return the engine, which is not started. longest: most tokens of a trajectory."""
+def build_engine(config: RunConfig, dialogue: ChatRenderer, longest: int, adapter: Adapter | None = None) -> Engine:
+    """Return the engine, which is not started. longest: most tokens of a trajectory; adapter: what the versions are."""
     chosen = config.rollout.engine
     if isinstance(chosen, ScriptedEngineConfig):
         from palimpsest.services.rollout.engine.scripted import ScriptedEngine
@@ -26,4 +27,5 @@ def build_engine(config: RunConfig, dialogue: ChatRenderer, longest: int) -> Eng
         max_live=config.rollout.max_live,
         seed=engine_seed(config.run.seed, config.rollout.worker),
         log=run_folder.engine_log_file(config.run.home, config.rollout.worker),
+        adapter=adapter,
     )

@@ -1,6 +1,6 @@
 """The vLLM engine in the worker's process (AsyncLLM), with pause, spans per version and weight transfer.
 
-Only this file and vllm_weight_transfer.py import vLLM.
+Only this file, vllm_weight_transfer.py, vllm_lora.py and weight_update.py import vLLM.
 """
 
 import asyncio
@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from palimpsest.common.config.schema import VllmEngineConfig
 from palimpsest.common.logs import logger
+from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.user_error import ExitCode, UserError
-from palimpsest.common.versions import Version
-from palimpsest.services.rollout.engine import amx, crash_report
+from palimpsest.services.rollout.engine import amx, crash_report, vllm_lora
 from palimpsest.services.rollout.engine.logits_processors import refuse_logits_processors
 from palimpsest.services.rollout.engine.port import (
     EngineDead,
     EngineFailed,
     SampledTokens,
-    Span,
     StoredWeights,
     WrongWeights,
 )
 from palimpsest.services.rollout.engine.process_monitor import EngineMonitor
+from palimpsest.services.rollout.engine.vllm_outputs import to_sampled_tokens
 from palimpsest.services.rollout.engine.vllm_weight_transfer import NAME, WRONG_WEIGHTS
 
 if TYPE_CHECKING:
@@ -41,9 +41,20 @@ class VllmEngine:
     """See port.py."""
 
     def __init__(
-        self, config: VllmEngineConfig, *, model: str, max_tokens: int, max_live: int, seed: int, log: Path
+        self,
+        config: VllmEngineConfig,
+        *,
+        model: str,
+        max_tokens: int,
+        max_live: int,
+        seed: int,
+        log: Path,
+        adapter: Adapter | None = None,
     ) -> None:
-        """`log`: the crash log of the engine's processes."""
+        """`log`: the crash log of the engine's processes. adapter: what the versions are; None: whole weights."""
+        self._adapter = adapter
+        self._lora: Any = None
+        """vLLM's request for the adapter; None before the first version, and without adapters."""
         self._config, self._model, self._log = config, model, log
         self._max_tokens, self._max_live, self._seed = max_tokens, max_live, seed
         self._amx: amx.Amx | None = None
@@ -89,6 +100,7 @@ class VllmEngine:
             seed=self._seed,
             generation_config="vllm",  # ignore the model folder's sampling defaults (top_p, top_k)
             **machine,
+            **({} if self._adapter is None else vllm_lora.engine_arguments(self._adapter)),
         )
         self._watch = EngineMonitor(self._log)
         try:
@@ -126,7 +138,7 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        return _to_sampled_tokens(await self._final(prompt, sampling, request))
+        return to_sampled_tokens(await self._final(prompt, sampling, request))
 
     async def pause(self) -> None:
         await self._run_step("pause", self._running.pause_generation(mode="keep", clear_cache=False))
@@ -145,12 +157,15 @@ class VllmEngine:
             output = self._waiting[request].output if request in self._waiting else None
             if isinstance(output, Exception):
                 return None
-        sampled = _to_sampled_tokens(output) if output is not None else None
+        sampled = to_sampled_tokens(output) if output is not None else None
         return sampled if sampled is not None and sampled.tokens else None
 
     async def load(self, weights: StoredWeights) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
+        if self._adapter is not None:
+            await self._load_adapter(weights, self._adapter)
+            return
         llm = self._running
         entries = [
             {"name": e.name, "dtype": e.dtype, "shape": list(e.shape), "size": e.size} for e in weights.manifest.tensors
@@ -158,13 +173,31 @@ class VllmEngine:
         update = WeightTransferUpdateRequest(update_info={"path": str(weights.path), "tensors": entries})
         await self._run_step("start of the weight update", llm.start_weight_update())
         await self._run_step("weight update", llm.update_weights(update))
+        await self._run_read_back("end of the weight update", llm.finish_weight_update(str(weights.manifest.version)))
+        await self._reset_caches()
+
+    async def _load_adapter(self, weights: StoredWeights, adapter: Adapter) -> None:
+        """Replace the adapter. Requests in flight name the same one, so they continue with the new tensors."""
+        llm, home = self._running, weights.path.parent
+        folder = home.with_name(f"{home.name}-adapter")
+        await asyncio.to_thread(vllm_lora.write_folder, weights, adapter, folder)
+        await self._run_read_back("adapter update", llm.collective_rpc("load_adapter", args=(str(folder),)))
+        await self._run_step("version label", llm.update_weight_version(str(weights.manifest.version)))
+        self._lora = vllm_lora.request_for(folder)
+        await self._reset_caches()
+
+    async def _run_read_back(self, what: str, step: Coroutine[Any, Any, Any]) -> None:
+        """Run a step that compares the loaded weights. Raises WrongWeights if they differ."""
         try:
-            await self._run_step("end of the weight update", llm.finish_weight_update(str(weights.manifest.version)))
+            await self._run_step(what, step)
         except EngineFailed as error:
-            _, marked, what = str(error).partition(WRONG_WEIGHTS)
-            raise (WrongWeights(what) if marked else error) from None
-        # Cached keys and values belong to the previous weights: running requests recompute their prefix.
-        await self._run_step("cache reset", llm.reset_prefix_cache(reset_running_requests=True))
+            _, marked, found = str(error).partition(WRONG_WEIGHTS)
+            raise (WrongWeights(found) if marked else error) from None
+
+    async def _reset_caches(self) -> None:
+        """Drop cached keys and values, which belong to the previous weights: running requests recompute their
+        prefix."""
+        await self._run_step("cache reset", self._running.reset_prefix_cache(reset_running_requests=True))
 
     async def resume(self) -> None:
         await self._run_step("resume", self._running.resume_generation())
@@ -192,7 +225,9 @@ class VllmEngine:
     async def _final(self, prompt: Sequence[int], sampling: Any, request: str) -> Any:
         llm = self._running
         try:
-            waiting = await llm.add_request(request, {"prompt_token_ids": list(prompt)}, sampling)
+            waiting = await llm.add_request(
+                request, {"prompt_token_ids": list(prompt)}, sampling, lora_request=self._lora
+            )
             self._waiting[request] = waiting
             output = await waiting.get()
         except asyncio.CancelledError:
@@ -276,22 +311,6 @@ class VllmEngine:
         if self._llm is None:
             raise EngineFailed("the engine is not running")
         return self._llm
-
-
-def _to_sampled_tokens(request_output: Any) -> SampledTokens:
-    output = request_output.outputs[0]
-    tokens = tuple(output.token_ids)
-    return SampledTokens(
-        tokens,
-        tuple(by_token[token].logprob for token, by_token in zip(tokens, output.logprobs, strict=True)),
-        tuple(Span(_version(span.version), span.start, span.end) for span in output.weight_versions or ()),
-        stopped=output.finish_reason == "stop",
-    )
-
-
-def _version(label: str) -> Version:
-    """Return the version of a span; -1 for tokens sampled before the first update."""
-    return Version(int(label)) if label.isdigit() else Version(-1)
 
 
 def _full_message(error: Exception) -> str:

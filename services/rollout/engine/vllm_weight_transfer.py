@@ -79,7 +79,7 @@ def _engine_class() -> type:
                 torch.accelerator.synchronize()
 
         def receive_weights(self, update_info: Update) -> None:
-            self.published = dict(_tensors(update_info.path, update_info.tensors))
+            self.published = dict(stored_tensors(update_info.path, update_info.tensors))
             self.model.load_weights((name, tensor) for name, tensor in self.published.items() if not _skipped(name))
 
         def finish_weight_update(self) -> None:
@@ -101,7 +101,8 @@ def _engine_class() -> type:
     return FileWeightTransfer
 
 
-def _tensors(path: str, entries: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+def stored_tensors(path: str, entries: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield name and tensor of each entry in a raw file (StoredWeights), in the file's order."""
     import numpy as np
     import torch
 

@@ -322,6 +322,7 @@ def test_keys_of_an_adapter_are_checked(run: Path, adapter: str, message: str) -
         ("advantages.kind=gae", 'advantages.kind = "gae" trains a whole critic'),
         ("vcpo.baseline=true", "vcpo.baseline takes the gradient of each trajectory"),
         ("publishing=background", 'publishing = "background" copies a whole model in one process'),
+        ("lora.rank=8", "lora.rank = 8 needs the whole base model on each rank"),
     ],
 )
 def test_what_needs_a_whole_model_is_refused_with_sharding(run: Path, flag: str, reason: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from palimpsest.common.config.lora import LoraConfig
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.model_limits import (
     positions,
@@ -45,6 +46,26 @@ def a_run(model: Path, *, longest: int = 1023, engine: dict[str, Any] | None = N
             "learner": {"versions": 1},
         }
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "engine", "layout", "message"),
+    [
+        ({"num_experts": 4}, {}, "padded", r"is a mixture of experts \(num_experts in config.json\)"),
+        ({}, {"tensor_parallel": 2}, "padded", "rollout.engine.tensor_parallel is 2: an adapter cannot be read back"),
+        ({}, {}, "packed", "learner.layout is packed: adapters are not tested with it yet"),
+    ],
+)
+def test_an_adapter_is_refused_where_it_does_not_work(
+    tmp_path: Path, config: dict[str, Any], engine: dict[str, Any], layout: str, message: str
+) -> None:
+    model = a_model(tmp_path / "model", config={"vocab_size": 10, **config})
+    run = a_run(model, engine={"kind": "vllm", **engine})
+    run = run.model_copy(update={"learner": run.learner.model_copy(update={"layout": layout})})
+    refuse_limits(run)
+    learner = run.learner.model_copy(update={"lora": LoraConfig(rank=8)})
+    with pytest.raises(UserError, match=message):
+        refuse_limits(run.model_copy(update={"learner": learner}))
 
 
 @pytest.mark.parametrize("rows", [10, 64])

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from palimpsest.common.config.learner import OptimizerConfig
+from palimpsest.common.config.lora import LoraConfig
 from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
 from palimpsest.plan.causes import Cause, Memory, Moment
@@ -20,6 +21,7 @@ from palimpsest.plan.learner_memory import learner_memory, pass_shape
 from palimpsest.plan.live_bytes import LiveBytes
 from palimpsest.plan.rehearsal import rehearse
 from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.model.lora import add_adapter
 from palimpsest.services.learner.model.policy import checkpoint_activations, load_model
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.proximal.surrogates.current_recompute import CurrentRecompute
@@ -50,14 +52,22 @@ EXPERTS = Qwen3MoeConfig(
 
 
 @pytest.mark.parametrize(
-    ("config", "chunk", "checkpointing"),
-    [*itertools.product([DENSE, UNTIED, EXPERTS], [64, 1024], [0, 1]), (DENSE, 64, 2)],
+    ("config", "chunk", "checkpointing", "rank"),
+    [
+        *itertools.product([DENSE, UNTIED, EXPERTS], [64, 1024], [0, 1], [0]),
+        (DENSE, 64, 2, 0),
+        (DENSE, 64, 0, 8),
+        (DENSE, 1024, 1, 8),
+    ],
 )
 def test_the_plan_of_a_version_is_within_ten_percent_of_what_the_trainer_holds(
-    config: PretrainedConfig, chunk: int, checkpointing: int, tmp_path: Path
+    config: PretrainedConfig, chunk: int, checkpointing: int, rank: int, tmp_path: Path
 ) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     model = load_model(str(tmp_path), torch.device("cpu"), "sdpa", logprob_chunk_tokens=chunk)
+    lora = LoraConfig(rank=rank)
+    if rank:
+        add_adapter(model, lora)
     if checkpointing:
         checkpoint_activations(model, every=checkpointing)
     policy, source = TrainablePolicy(model, OptimizerConfig(lr=1e-3)), CurrentModel(model)
@@ -67,6 +77,7 @@ def test_the_plan_of_a_version_is_within_ten_percent_of_what_the_trainer_holds(
         logprob_chunk_tokens=chunk,
         activation_checkpointing=checkpointing > 0,
         activation_checkpointing_every=max(1, checkpointing),
+        lora=lora,
     )
     rows = [
         a_row(f"r{i}", [3 + (i + t) % 200 for t in range(LENGTH)], [0] * LENGTH, advantage=(-1.0) ** i)
@@ -112,6 +123,16 @@ def test_the_plan_of_packed_rows_counts_no_padding(tmp_path: Path) -> None:
     assert memory.largest.size == pytest.approx(live.peak, rel=0.1)
     filled = pass_shape(learner.model_copy(update={"micro_batch_tokens": 2 * LENGTH + 50}), LENGTH, "sdpa")
     assert (filled.rows, filled.rest, filled.tokens) == (2, 50, 2 * LENGTH + 50)
+
+
+def test_with_an_adapter_only_the_base_has_the_models_size(run_file: Path) -> None:
+    text, _ = run_command([str(run_file), "--gpus=2x80", "--json", "--learner.lora.rank=4"])
+    plan = json.loads(text)
+    layer = (64 + 64) + 2 * (64 + 32) + (64 + 64) + 3 * (64 + 192)  # inputs and outputs of the seven layers of a block
+    held = plan["learner"]["held"]
+    assert held["masters, float32"] == held["gradients, float32"] == 4 * 4 * 2 * layer
+    assert held["moments of AdamW, float32"] == 8 * 4 * 2 * layer
+    assert held["weights"] - held["weights of an old version"] == 2 * PARAMETERS
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from palimpsest.common.service import Server
+from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.snapshots.client import RawTensor, SnapshotClient
 from palimpsest.common.snapshots.manifest import Canary
 from palimpsest.common.snapshots.writer import Writer
@@ -323,3 +324,18 @@ async def test_a_refused_version_never_pauses_for_a_cut(store: SnapshotClient, t
     assert not pausing.done()
     assert engine.events[-1] == "pause", "the pause waits for the canary"
     pausing.cancel()
+
+
+async def test_a_version_of_another_base_model_is_refused_before_it_reaches_the_engine(
+    store: SnapshotClient, tmp_path: Path
+) -> None:
+    raw = np.zeros(64, dtype=np.uint8)
+    stored, own = (Adapter(base, 4, 8.0, ("q_proj",)) for base in ("a" * 64, "b" * 64))
+    store.put("test", Version(1), [RawTensor("w", "bfloat16", (4, 8), raw)], [CANARY], writer=1, adapter=stored)
+    engine = Engine()
+    weights = WeightSync(engine, store, tmp_path / "cache", tolerance=0.05, report=lambda _: None, adapter=own)  # type: ignore[arg-type]
+    weights.announce(Version(1))
+    with pytest.raises(UserError, match="version 1 belongs to another base model") as refused:
+        await weights.sync_loop()
+    assert refused.value.code == ExitCode.CONFIGURATION
+    assert engine.events == []

@@ -1,12 +1,12 @@
 """Scoring of batches with one set of weights, shared by the surrogates that need a forward pass."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from palimpsest.services.learner.batch.batching import PaddedBatch
+from palimpsest.services.learner.model.lora import copy_trained
 from palimpsest.services.learner.model.policy import score_batch
 
 
@@ -28,7 +28,7 @@ class Shadow:
     def with_weights(self, weights: Sequence[Tensor]) -> torch.nn.Module:
         """Return the copy with its trainable parameters cast from `weights`. Raises ValueError if shapes differ."""
         if self._copy is None:
-            self._copy = copy.deepcopy(self._model).requires_grad_(False)
+            self._copy = copy_trained(self._model).requires_grad_(False)
         own = [parameter for parameter, learns in zip(self._copy.parameters(), self._learns, strict=True) if learns]
         if [weight.shape for weight in weights] != [parameter.shape for parameter in own]:
             raise ValueError(f"{len(weights)} weights do not match {len(own)} parameters in number or shape")

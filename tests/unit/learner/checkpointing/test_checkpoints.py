@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from palimpsest.common import failpoints
+from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.snapshots.fencing import Fenced
 from palimpsest.common.snapshots.writer import Writer
@@ -64,10 +65,10 @@ def tensors(version: int) -> dict[str, torch.Tensor]:
 class Learner:
     """The checkpointing part of a learner that took the run over."""
 
-    def __init__(self, store: SnapshotClient, folder: Path, *, keep: int = 2) -> None:
+    def __init__(self, store: SnapshotClient, folder: Path, *, keep: int = 2, adapter: Adapter | None = None) -> None:
         self.writer = Writer(store, "a test")
         self.writer.begin()
-        self.checkpoints = Checkpoints(folder, self.writer, keep=keep)
+        self.checkpoints = Checkpoints(folder, self.writer, keep=keep, adapter=adapter)
         try:
             self.found: int | None = self.checkpoints.newest()[0].version
         except NoCheckpoint:
@@ -101,6 +102,18 @@ def test_the_newest_checkpoint_is_the_saved_one(learner: Learner) -> None:
     assert (got.version, got.ledger, got.offsets, got.task_offsets) == (4, LEDGER, {0: 5, 1: 7}, {0: 3})
     assert got.score_offsets == {0: 6, 1: 2}
     assert torch.equal(state["0.master"], tensors(4)["0.master"])
+
+
+def test_a_checkpoint_of_another_base_model_is_not_continued(store: SnapshotClient, folder: Path) -> None:
+    one, other = (Adapter(base * 64, 4, 8.0, ("q_proj",)) for base in "ab")
+    learner = Learner(store, folder, adapter=one)
+    learner.save(4)
+    assert learner.checkpoints.newest()[0].adapter == one
+    assert Learner(store, folder, adapter=one).found == 4
+    with pytest.raises(UserError, match=r"checkpoint 00000004-00000001 of this run belongs to another base model"):
+        Learner(store, folder, adapter=other)
+    with pytest.raises(UserError, match="holds an adapter of rank 4"):
+        Learner(store, folder)
 
 
 def test_a_checkpoint_without_score_offsets_is_readable(learner: Learner, folder: Path) -> None:
