@@ -8,6 +8,7 @@ class.
 from palimpsest.common.environments.authoring.dataset_environment import from_dataset
 from palimpsest.common.environments.authoring.function_environment import Task, from_tools
 from palimpsest.common.environments.authoring.tools import NoSchema, tool
+from palimpsest.common.environments.authoring.trl_class import trl_environment
 from palimpsest.common.environments.port import (
     Environment,
     Malformed,
@@ -41,4 +42,5 @@ __all__ = [
     "from_tools",
     "generator",
     "tool",
+    "trl_environment",
 ]

@@ -1,28 +1,26 @@
-"""`palimpsest env ...`: lists the environments, shows the opening of a task, checks an environment, or plays it."""
+"""`palimpsest env ...`: lists, shows, checks and plays environments; env_serve.py serves one."""
 
 import asyncio
-import difflib
 import json
 import os
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from palimpsest.common.config import RunConfig, load
-from palimpsest.common.config.env_gateway import EnvGatewayConfig
 from palimpsest.common.environments.port import EnvironmentFailed, Opening
 from palimpsest.common.environments.reasoning_gym_tasks import DATASETS
 from palimpsest.common.sessions.hosts import EnvironmentHost, InProcess
-from palimpsest.common.sessions.registry import Entry, Registry, built_in
+from palimpsest.common.sessions.registry import Entry, Registry
 from palimpsest.common.user_error import UserError
+from palimpsest.env_offered import found, offered
 from palimpsest.services.env_gateway import plugins
-from palimpsest.services.env_gateway.adapters import entries as adapter_entries
 from palimpsest.services.env_gateway.checks.check import Open, check
 from palimpsest.services.env_gateway.checks.play import play
-from palimpsest.services.env_gateway.isolated import REASONING_GYM, reasoning_gym
+from palimpsest.services.env_gateway.isolated import REASONING_GYM
 from palimpsest.services.env_gateway.processes.child import describe_class
 from palimpsest.services.env_gateway.processes.pool import Pool
 
@@ -32,6 +30,7 @@ usage: {PROGRAM} list [RUN.toml] [--SECTION.KEY=VALUE ...]
        {PROGRAM} show NAME [RUN.toml] [--seed N] [--SECTION.KEY=VALUE ...]
        {PROGRAM} check NAME|MODULE:CLASS [RUN.toml] [--seed N] [--SECTION.KEY=VALUE ...]
        {PROGRAM} play NAME|MODULE:CLASS [RUN.toml] [--seed N] [--SECTION.KEY=VALUE ...]
+       {PROGRAM} serve NAME --as openenv|mcp|ors [RUN.toml] [--host HOST] [--port N] [--tasks N]
 
 list    print every environment that tasks.environments can name, with a description
 show    print the opening of a task: its messages and the schemas of its tools
@@ -39,6 +38,7 @@ check   play four tasks from seed N with fixed policies, each alone, again, and 
         differences, failures, invalid schemas and rewards, durations, and what closed sessions leave behind. Exits
         with 1 if it finds a problem. MODULE:CLASS runs in this process, without a run file
 play    play one task: each line of the standard input is a message
+serve   serve the environment to clients of another protocol; `{PROGRAM} serve --help` has the flags
 
   RUN.toml    adds the environments of env_gateway.plugins. With it, `show` prints the prompt that the model reads:
               the opening rendered by the chat template of model.path
@@ -46,12 +46,9 @@ play    play one task: each line of the standard input is a message
 KEYS = """\
 Train on NAME with tasks.environments = { NAME = 1.0 }. The number is the share of groups. Add your own environment with
 env_gateway.plugins = { NAME = "package.module:Class" }."""
-ACTIONS = ("list", "show", "check", "play")
+ACTIONS = ("list", "show", "check", "play", "serve")
 CHECKED_SEEDS = 4
 WIDTH = 110
-PROCESSES = 8
-"""Two sessions side by side, and earlier ones whose adapters are closing."""
-START_WAIT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,11 @@ class Request:
 
 def command(arguments: Sequence[str]) -> None:
     """Run the command and print its output. Raises UserError."""
+    if arguments and arguments[0] == "serve":
+        from palimpsest.env_serve import serve  # imports the HTTP server
+
+        serve(arguments[1:])
+        return
     if {"--help", "-h"} & set(arguments):
         print(USAGE)
         return
@@ -159,49 +161,6 @@ def _seed(text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
         raise UserError(f"--seed {text}: must be an integer of at least 0")
     return int(text)
-
-
-@contextmanager
-def offered(config: RunConfig | None) -> Iterator[tuple[Pool, Registry]]:
-    """Yield a pool and the built-in and plugged-in environments. Raises UserError."""
-    gateway = config.env_gateway if config else EnvGatewayConfig()
-    families = built_in()
-    blueprints = plugins.blueprints(gateway.plugins, taken=families)
-    adapters = adapter_entries.specs(gateway.adapters, taken={*families, *gateway.plugins})
-    own = sorted({blueprint.module for blueprint in blueprints.values()})
-    modules = (*own, *adapter_entries.modules(gateway.adapters))
-    pool = Pool(
-        limit=PROCESSES,
-        wait_s=START_WAIT_S,
-        call_limit_s=gateway.step_limit_s,
-        modules=modules,
-        variables=plugins.variables(
-            (*gateway.plugin_variables, *adapter_entries.variables(gateway.adapters)), os.environ
-        ),
-    )
-    try:
-        yield (
-            pool,
-            {
-                **families,
-                **reasoning_gym(pool),
-                **plugins.entries(pool, blueprints),
-                **adapter_entries.entries(pool, adapters),
-            },
-        )
-    finally:
-        pool.stop()
-
-
-def found(name: str, entries: Registry) -> Entry:
-    """Return the environment `name`. Raises UserError, which suggests the nearest name."""
-    if name in entries:
-        return entries[name]
-    near = difflib.get_close_matches(name, entries, n=1, cutoff=0.5)
-    meant = f"did you mean {near[0]}?" if near else "`palimpsest env list` prints all names."
-    raise UserError(
-        f"there is no environment {name!r}; {meant} To use your own environment, pass the RUN.toml that adds it"
-    )
 
 
 def listed(entries: Registry, config: RunConfig | None) -> Iterator[str]:

@@ -110,7 +110,7 @@ def run(request: Request, environment: Mapping[str, str]) -> dict[str, Any]:
         tasks, samples = _number(own, "tasks", wanted.tasks, 1), _number(own, "samples", wanted.samples, 1)
         temperature = _temperature(own, wanted.temperature or config.sampling.temperature)
         seed = _number(own, "seed", 0, 0)
-        from palimpsest.env_command import found, offered
+        from palimpsest.env_offered import found, offered
         from palimpsest.evaluation import evaluate  # imports the engine's libraries
 
         with offered(config) as (_, registry):

@@ -47,6 +47,7 @@ ENV = {
     "tool": (
         "(name: Callable[..., Any] | str, description: str = '', **parameters: str) -> FunctionTool | dict[str, Any]"
     ),
+    "trl_environment": "(made: Callable[[], Environment], *, name: str = '') -> type",
 }
 COMMANDS = {
     *("run", "check", "report", "audit", "dead-letters", "rescore", "export", "doctor", "env", "token", "acls"),
