@@ -15,6 +15,7 @@ from palimpsest.common import run_folder
 from palimpsest.common.config import load
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.config.section import LOWEST_TEMPERATURE
+from palimpsest.common.config.session_environments import agent_programs
 from palimpsest.common.evaluation.estimates import parse_results, text
 from palimpsest.common.evaluation.tasks import held_out_tasks
 from palimpsest.common.files import write
@@ -114,8 +115,10 @@ def run(request: Request, environment: Mapping[str, str]) -> dict[str, Any]:
         from palimpsest.evaluation import evaluate  # imports the engine's libraries
 
         with offered(config) as (_, registry):
+            programs = agent_programs(config, *names)
             for name in names:
-                found(name, registry)
+                if environment := programs[name].environment if name in programs else name:
+                    found(environment, registry)
             done = evaluate(
                 config,
                 registry,

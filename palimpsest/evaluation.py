@@ -3,11 +3,13 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.config.session_environments import agent_programs
 from palimpsest.common.evaluation.estimates import EnvironmentResult
 from palimpsest.common.evaluation.tasks import HeldOutTask
 from palimpsest.common.messages import GroupOffered, Sampling, TrajectoryFinished, trajectory_id
@@ -20,6 +22,8 @@ from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.evaluation.ledger import EvaluationLedger
 from palimpsest.services.learner.evaluation.state import SCORED, SampleEnd
+from palimpsest.services.rollout.agents.endpoints import serving
+from palimpsest.services.rollout.agents.runner import AgentRunner
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.build import build_engine
 from palimpsest.services.rollout.engine.port import Engine, EngineDead, SampledTokens, Span, StoredWeights
@@ -147,8 +151,14 @@ async def _evaluate(
             await engine.load(StoredWeights(manifest, Path()))
             await engine.resume()
         began = time.monotonic()
-        async with InProcessSessions(Sessions(registry, limits_of(config))) as sessions:
-            sampler = TrajectorySampler(NAME, engine, sessions, dialogue, config.rollout.attempts, tally, _verified)
+        async with AsyncExitStack() as opened:
+            sessions = await opened.enter_async_context(InProcessSessions(Sessions(registry, limits_of(config))))
+            agents = AgentRunner(agent_programs(config, *{task.environment for task in tasks}), sessions)
+            if config.rollout.agents:
+                opened.enter_context(serving(agents))
+            sampler = TrajectorySampler(
+                NAME, engine, sessions, dialogue, config.rollout.attempts, tally, _verified, agents=agents
+            )
             work = asyncio.create_task(_sample_all(sampler, offers, ledger, config.rollout.max_live, progress))
             watching = asyncio.create_task(engine.watch())
             try:

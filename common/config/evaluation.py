@@ -1,9 +1,11 @@
 """Keys of the evaluation on tasks that the run does not train on."""
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import Field
 
+from palimpsest.common.config.agents import AgentConfig
 from palimpsest.common.config.section import LOWEST_TEMPERATURE, PositiveFloat, Section
 
 
@@ -31,3 +33,12 @@ class EvaluationConfig(Section):
     def names(self, training: tuple[str, ...]) -> tuple[str, ...]:
         """Return the names of the environments to evaluate on. training: those of tasks.environments."""
         return tuple(f"{name}.{self.split}" if self.split else name for name in self.environments or training)
+
+    def check_agents(self, training: tuple[str, ...], agents: Mapping[str, AgentConfig]) -> None:
+        """Check that the agents to evaluate have the split. training: see `names`. Raises ValueError."""
+        for name in self.environments or training:
+            if self.every and self.split and name in agents and not agents[name].environment:
+                raise ValueError(
+                    f"evaluation.split is {self.split!r}, but the program rollout.agents.{name} has no environment, so "
+                    f"it has no splits: remove evaluation.split, or name others in evaluation.environments"
+                )

@@ -282,6 +282,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _sessions_fit(self) -> "RunConfig":
         self.env_gateway.check_sessions(max_turns=self.sampling.max_turns, time_limit_s=self.tasks.time_limit_s)
+        self.evaluation.check_agents(tuple(self.tasks.environments), self.rollout.agents)
         return self
 
     @property

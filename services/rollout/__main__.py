@@ -9,6 +9,7 @@ from palimpsest.common.base_model import own_adapter
 from palimpsest.common.bus.factory import open_bus
 from palimpsest.common.config import Invocation
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.config.session_environments import agent_programs
 from palimpsest.common.control.credentials import open_access
 from palimpsest.common.control.drain import RULES, drain_routes
 from palimpsest.common.metrics import REGISTRY
@@ -60,7 +61,7 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
     server.doing = "the log to be opened"
     bus = open_bus(config)
     async with _sessions(config) as sessions:
-        agents = AgentRunner(rollout.agents, sessions)
+        agents = AgentRunner(agent_programs(config), sessions)
         with (
             serving(agents) if rollout.agents else nullcontext(),
             SnapshotClient(config.store_url, ca_file=config.snapshot_store.ca_file) as store,

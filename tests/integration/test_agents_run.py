@@ -15,6 +15,7 @@ from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.messages import TRAJECTORIES, SegmentFlushed, TrajectoryFinished, decode
 from palimpsest.rescore import Models, rescore
 from tests.runs.run_process import RunProcess, check_ledger, history, scripted
+from tests.servers.adapter_servers import UV, interpreter
 
 pytestmark = [pytest.mark.servers, pytest.mark.long]
 PROGRAM = Path(__file__).parents[1] / "runs" / "agent_program.py"
@@ -71,3 +72,31 @@ def test_a_run_on_a_program_is_exact_and_accounted_for(tmp_path: Path, starting_
     assert (
         rescore(home / "records", Models(home / "snapshots", str(starting_model), "eager"))["alone_max_abs"] <= LAYOUTS
     )
+
+
+def test_a_taskset_of_verifiers_drives_the_model_and_is_accounted_for(tmp_path: Path, starting_model: Path) -> None:
+    toml, home = scripted(tmp_path, starting_model, versions=2), tmp_path / "scripted"
+    program = Path(__file__).parents[2] / "examples" / "agents" / "verifiers_agent.py"
+    python = str(interpreter("verifiers==0.4.0"))
+    path = f"PATH={Path(UV).parent}:/usr/bin:/bin"  # verifiers starts its chat program with uv
+    command = ["/usr/bin/env", path, f"PYTHONPATH={PROGRAM.parent}", python, str(program), "verifiers_words"]
+    run = RunProcess(
+        toml,
+        '--tasks.environments={"words" = 1.0}',
+        f"--rollout.agents={{words = {{command = {json.dumps(command)}, max_processes = 2, max_calls = 4}}}}",
+        "--tasks.samples_per_group=2",
+        "--learner.groups_per_batch=1",
+        "--learner.max_staleness=1",
+    )
+    try:
+        code, output = run.finish()
+    finally:
+        run.kill_everything()
+    assert code == 0, output[-3000:]
+    sums = check_ledger(home, samples=2, max_staleness=1)
+    assert sums["dead_lettered"] == 0
+    assert "environment_failed" not in sums["dropped"]
+    finished = [one for one in messages(home) if isinstance(one, TrajectoryFinished)]
+    assert len(finished) >= 4
+    assert all((one.environment, one.turns, one.branches) == ("words", 1, ()) for one in finished)
+    assert {one.reward for one in finished} <= {0.0, 1.0}

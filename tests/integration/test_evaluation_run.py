@@ -1,6 +1,7 @@
 """A run with evaluations and the scripted engine, and `palimpsest eval` on what it stored."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,13 @@ def test_other_tasks_are_sampled_with_another_seed(evaluated: Evaluated) -> None
     found = evaluate(parse([str(evaluated.home), "--seed=1000", "--tasks=2", "--environments=hop"]), {})
     assert set(found["evaluation"]) == {"hop"}
     assert found["evaluation"]["hop"]["samples"] == 6
+
+
+@pytest.mark.parametrize(("environment", "name"), [("lookup", "helper"), ("retail-mini", "helper.test")])
+def test_an_agent_program_is_evaluated(evaluated: Evaluated, environment: str, name: str) -> None:
+    command = [sys.executable, str(Path(__file__).parents[2] / "examples" / "agents" / "tool_agent.py")]
+    agents = f'{{"helper" = {{"command" = {json.dumps(command)}, "environment" = "{environment}", "max_calls" = 40}}}}'
+    words = [str(evaluated.home), f"--environments={name}", "--tasks=2", "--samples=1", f"--rollout.agents={agents}"]
+    found = evaluate(parse(words), {})
+    assert found["trajectories"]["scored"] == 2
+    assert found["evaluation"][name]["samples"] == 2
