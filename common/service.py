@@ -247,7 +247,8 @@ def serve(app: FastAPI, host: str, port: int, *, key: str, stop: Stop) -> None:
 
 def listen(host: str, port: int, *, key: str) -> socket.socket:
     """Return a listening socket. Raises UserError, which names the key to change, if it cannot listen there."""
-    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets TCP_NODELAY on TCP alone
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))

@@ -105,11 +105,11 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Request:
                 own.append(waiting.pop(0))
     if unknown := next((word for word in own if word.startswith("-") and "." not in word.partition("=")[0]), None):
         raise UserError(f"{PROGRAM} {unknown}: there is no such flag\n{USAGE}")
-    kind = given.get("--as")
-    if not name or kind is None:
+    if not name or "--as" not in given:
         raise UserError(USAGE)
-    if kind not in get_args(Kind):
-        raise UserError(f"--as {kind}: use {', '.join(get_args(Kind))}")
+    kinds: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
+    if (kind := kinds.get(given["--as"])) is None:
+        raise UserError(f"--as {given['--as']}: use {', '.join(kinds)}")
     config = load(own, environment, program=PROGRAM).config if own else None
     return Request(
         name,

@@ -117,8 +117,8 @@ def run(request: Request, environment: Mapping[str, str]) -> dict[str, Any]:
         with offered(config) as (_, registry):
             programs = agent_programs(config, *names)
             for name in names:
-                if environment := programs[name].environment if name in programs else name:
-                    found(environment, registry)
+                if needed := programs[name].environment if name in programs else name:
+                    found(needed, registry)
             done = evaluate(
                 config,
                 registry,

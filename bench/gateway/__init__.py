@@ -5,10 +5,12 @@ The steps call a tool of retail-mini, which runs in the gateway's process. `over
 two medians, `cpu_ms_per_step` the processor time of the gateway over that of the echo. `rss_mb_per_session` is the
 growth of the gateway's memory, with its children for environments in processes of their own (proportional set size).
 `mcp_over_direct_ms_p50`: a step of the MCP adapter through the gateway, over the adapter called in this process.
+`--adapters` measures adapters alone (adapters.py).
 """
 
 import argparse
 import asyncio
+import os
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,7 @@ from typing import Any
 import httpx
 import psutil  # type: ignore[import-untyped]
 
+from bench.gateway import adapters
 from palimpsest.common.config.env_gateway import AdapterConfig
 from palimpsest.common.environments.port import Turn
 from palimpsest.common.environments.tool_calls import read, render
@@ -69,7 +72,17 @@ def main(words: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--sessions", default="64,512", help="live sessions of each measurement")
     parser.add_argument("--isolated", default="64", help="live sessions with a process each")
     parser.add_argument("--mcp-steps", type=int, default=200, help="0 leaves out the MCP adapter")
-    return asyncio.run(_measured(parser.parse_args(words)))
+    parser.add_argument("--adapters", default="", help=f"measure only these adapters: {','.join(adapters.KINDS)}")
+    parser.add_argument("--steps", type=int, default=360, help="steps of each adapter of --adapters")
+    parser.add_argument("--path", action="append", default=[], help="folder with the packages of --adapters")
+    options = parser.parse_args(words)
+    kinds = [kind for kind in options.adapters.split(",") if kind]
+    if unknown := set(kinds) - set(adapters.KINDS):
+        parser.error(f"--adapters: {', '.join(sorted(unknown))} is not one of {', '.join(adapters.KINDS)}")
+    if kinds:
+        load = f"{os.getloadavg()[0]:.1f}"
+        return {"load": load, "steps": options.steps, **adapters.over_direct(kinds, options.steps, options.path)}
+    return asyncio.run(_measured(options))
 
 
 async def _measured(options: argparse.Namespace) -> dict[str, Any]:

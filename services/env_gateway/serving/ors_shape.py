@@ -182,9 +182,10 @@ class OrsShape:
 
     def _split(self, body: Mapping[str, Any]) -> str:
         """Return the environment of a split."""
-        if (name := body.get("split")) not in self._splits:
+        found = self._splits.get(str(body.get("split")))
+        if found is None:
             raise OrsError(400, f"Invalid split: there are {', '.join(self._splits)}")
-        return self._splits[name]
+        return found
 
     def _index(self, index: Any) -> int:
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self._count:

@@ -198,6 +198,15 @@ def test_gateway() -> None:
     assert set(result["isolated_rss_mb_per_session"]) == {"2"}
 
 
+@pytest.mark.long
+def test_gateway_adapters() -> None:
+    result = measured("gateway", "--adapters=mcp,ors,openenv", "--steps=19")
+    for kind in ("mcp", "ors", "openenv"):
+        assert result[kind]["over_direct_ms_p50"] == pytest.approx(
+            result[kind]["through_ms_p50"] - result[kind]["direct_ms_p50"], abs=0.002
+        )
+
+
 SNAPSHOTS = ("--versions=4", "--rates=1e-5", "--hidden=32", "--layers=1", "--vocabulary=300", "--tokens=16")
 
 

@@ -1,5 +1,6 @@
 """Common parts of services: listening, health checks, and stopping."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -132,6 +133,21 @@ def test_an_address_of_another_machine_is_refused_with_its_keys() -> None:
 def test_port_0_is_any_free_port() -> None:
     with listen(HOST, 0, key="thing") as one, listen(HOST, 0, key="thing") as other:
         assert 0 < one.getsockname()[1] != other.getsockname()[1] > 0
+
+
+async def test_small_writes_of_a_connection_leave_at_once() -> None:
+    """With Nagle's algorithm, the second of two small writes waits 40 ms for a delayed acknowledgment."""
+    found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def connected(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        found.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    listening = listen(HOST, 0, key="thing")
+    async with await asyncio.start_server(connected, sock=listening):
+        _, writer = await asyncio.open_connection(*listening.getsockname())
+        assert await found
+        writer.close()
 
 
 def test_a_server_answers_inside_its_block_only() -> None:
