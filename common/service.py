@@ -245,6 +245,20 @@ def serve(app: FastAPI, host: str, port: int, *, key: str, stop: Stop) -> None:
     server.run(sockets=[listening])
 
 
+async def serve_sockets(app: FastAPI, listening: socket.socket, *, max_bytes: int, stop: Stop) -> None:
+    """Serve HTTP and WebSockets on this loop until `stop`. max_bytes: of a message.
+
+    The headers have uvicorn's limits: the connection that limits them in time would end a WebSocket too.
+    """
+    server = _Uvicorn(app, LIMITS, http="auto", ws="auto", ws_max_size=max_bytes)
+
+    def leave() -> None:
+        server.should_exit = True
+
+    stop.on_request(leave)
+    await server.serve(sockets=[listening])
+
+
 def listen(host: str, port: int, *, key: str) -> socket.socket:
     """Return a listening socket. Raises UserError, which names the key to change, if it cannot listen there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -275,13 +289,12 @@ def _access(app: FastAPI) -> Access | None:
 class _Uvicorn(uvicorn.Server):
     """uvicorn without its signal handlers, because `Stop` handles signals."""
 
-    def __init__(self, app: Any, limits: RequestLimits) -> None:
+    def __init__(self, app: Any, limits: RequestLimits, **others: Any) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
                 interface="asgi3",
-                http=limited_protocol(limits),
-                ws="none",
+                **{"http": limited_protocol(limits), "ws": "none", **others},
                 log_config=None,
                 access_log=False,
                 lifespan="on",

@@ -11,12 +11,12 @@ from palimpsest.common.config.env_gateway import SESSION_LEASE_S, EnvGatewayConf
 from palimpsest.common.control.access import SERVICE_TOKEN, TOKENS_FILE, is_loopback
 from palimpsest.common.control.credentials import SECRETS, open_access
 from palimpsest.common.program import print_line
-from palimpsest.common.service import Stop, listen
+from palimpsest.common.service import Stop, listen, serve_sockets
 from palimpsest.common.sessions.sessions import SessionLimits, Sessions, limits_of
 from palimpsest.common.user_error import UserError
 from palimpsest.env_offered import found, offered
 from palimpsest.services.env_gateway.serving.served_session import ServedSessionFailed
-from palimpsest.services.env_gateway.serving.server import Kind, SocketServer, first_tools, served, shape
+from palimpsest.services.env_gateway.serving.server import MAX_BYTES, Kind, first_tools, served, shape
 
 PROGRAM = "palimpsest env serve"
 USAGE = f"""\
@@ -78,12 +78,11 @@ def serve(arguments: Sequence[str]) -> None:
             routes = shape(
                 request.kind, sessions, registry, entry.name, tools=tools, tasks=request.tasks, access=access
             )
-            server = SocketServer(served(routes, sessions, access=access, on_exit=pool.close))
-            server.until(stop)
+            app = served(routes, sessions, access=access, on_exit=pool.close)
             listening = listen(request.host, request.port, key="env_serve")
             address = f"http://{request.host}:{listening.getsockname()[1]}"
             print_line(f"serving {entry.name} as {request.kind} at {address}")
-            await server.serve(sockets=[listening])
+            await serve_sockets(app, listening, max_bytes=MAX_BYTES, stop=stop)
 
         asyncio.run(run())
 

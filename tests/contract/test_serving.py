@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,6 +23,7 @@ from palimpsest.common.config.env_gateway import AdapterConfig
 from palimpsest.common.control.access import Access, Role, Token, digest
 from palimpsest.common.environments.port import EnvironmentFailed, Reply, Score, Turn
 from palimpsest.common.environments.tool_calls import read
+from palimpsest.common.service import Stop, listen, serve_sockets
 from palimpsest.common.sessions.registry import FAMILIES, WORLDS, Entry, built_in
 from palimpsest.common.sessions.sessions import SessionLimits, Sessions
 from palimpsest.common.sessions.wire import ToolCall
@@ -29,7 +31,7 @@ from palimpsest.services.env_gateway.adapters.adapter import AdapterEnvironment
 from palimpsest.services.env_gateway.adapters.openenv_session import OpenEnvSession
 from palimpsest.services.env_gateway.adapters.ors import OrsEnvironment
 from palimpsest.services.env_gateway.serving.served_session import tools_of
-from palimpsest.services.env_gateway.serving.server import Kind, SocketServer, first_tools, served, shape
+from palimpsest.services.env_gateway.serving.server import MAX_BYTES, Kind, first_tools, served, shape
 from tests.servers.adapter_servers import interpreter
 from tests.unit.env_gateway.fakes import ScriptedWorld, counter_value, reply
 
@@ -52,20 +54,18 @@ class Running:
         self.sessions = Sessions(registry, LIMITS)
         tools = tools_of(()) if fake else asyncio.run(first_tools(Sessions(registry, LIMITS), name))
         routes = shape(kind, self.sessions, registry, name, tools=tools, tasks=50, access=access)
-        self._server = SocketServer(served(routes, self.sessions, access=access))
-        self._server.config.host, self._server.config.port = "127.0.0.1", 0
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()))
+        app, self._stop = served(routes, self.sessions, access=access), Stop()
+        listening = listen("127.0.0.1", 0, key="served")
+        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        serving = partial(serve_sockets, app, listening, max_bytes=MAX_BYTES, stop=self._stop)
+        self._thread = threading.Thread(target=lambda: asyncio.run(serving()))
 
     def __enter__(self) -> "Running":
         self._thread.start()
-        while not self._server.started:
-            assert self._thread.is_alive()
-            self._thread.join(0.01)
-        self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
+        self._stop.request()
         self._thread.join()
 
 

@@ -1,16 +1,15 @@
-"""The HTTP server of a served environment."""
+"""The application of a served environment."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, nullcontext, suppress
-from typing import Any, Literal, Protocol
+from contextlib import asynccontextmanager, suppress
+from typing import Literal, Protocol
 
-import uvicorn
 from fastapi import FastAPI
 
 from palimpsest.common.control.access import Access
 from palimpsest.common.metrics import REGISTRY
-from palimpsest.common.service import Stop, application
+from palimpsest.common.service import application
 from palimpsest.common.sessions.registry import Registry
 from palimpsest.common.sessions.sessions import Sessions
 from palimpsest.services.env_gateway.serving.mcp_shape import McpShape
@@ -92,30 +91,6 @@ def served(
     )
     served_as.add_routes(app)
     return app
-
-
-class SocketServer(uvicorn.Server):
-    """uvicorn with WebSockets and without its signal handlers, because `Stop` handles signals."""
-
-    def __init__(self, app: FastAPI) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app, ws="auto", ws_max_size=MAX_BYTES, log_config=None, access_log=False, lifespan="on",
-                timeout_graceful_shutdown=10,
-            )
-        )  # fmt: skip
-
-    def capture_signals(self) -> Any:
-        """Handle no signal."""
-        return nullcontext()
-
-    def until(self, stop: Stop) -> None:
-        """Leave when a stop is requested."""
-
-        def leave() -> None:
-            self.should_exit = True
-
-        stop.on_request(leave)
 
 
 async def _sweep(served_as: Shape, sessions: Sessions) -> None:
