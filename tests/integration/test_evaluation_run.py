@@ -103,11 +103,12 @@ def test_other_tasks_are_sampled_with_another_seed(evaluated: Evaluated) -> None
     assert found["evaluation"]["hop"]["samples"] == 6
 
 
-@pytest.mark.parametrize(("environment", "name"), [("lookup", "helper"), ("retail-mini", "helper.test")])
+@pytest.mark.parametrize(("environment", "name"), [("lookup", "helper"), ("words", "helper.test")])
 def test_an_agent_program_is_evaluated(evaluated: Evaluated, environment: str, name: str) -> None:
     command = [sys.executable, str(Path(__file__).parents[2] / "examples" / "agents" / "tool_agent.py")]
     agents = f'{{"helper" = {{"command" = {json.dumps(command)}, "environment" = "{environment}", "max_calls" = 40}}}}'
     words = [str(evaluated.home), f"--environments={name}", "--tasks=2", "--samples=1", f"--rollout.agents={agents}"]
+    words.append('--env_gateway.plugins={"words" = "tests.runs.split_words:Words"}')
     found = evaluate(parse(words), {})
     assert found["trajectories"]["scored"] == 2
     assert found["evaluation"][name]["samples"] == 2
