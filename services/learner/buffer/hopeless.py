@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from palimpsest.common.messages import DropReason
 from palimpsest.common.user_error import ExitCode, UserError
 
 EVEN_BUDGETS = 20
@@ -17,9 +18,15 @@ def refuse_hopeless(dropped: int, *, admitted: int, waiting: int, reasons: Mappi
     dropped: number since the last batch. admitted: number that may be in flight. reasons: totals of the run.
     """
     if dropped >= HOPELESS_BUDGETS * admitted and not waiting:
+        cause = "the reasons (usually the environment or its gateway). Fix the cause"
+        if set(reasons) == {DropReason.PROMPT_TOO_LONG.value}:
+            cause = (
+                "their lengths. Raise sampling.max_trajectory_tokens, with a model whose context is as long, or choose "
+                "an environment with a shorter first message"
+            )
         raise UserError(
             f"{dropped} trajectories in a row were dropped and none arrived: {dict(reasons)}. The workers' logs hold "
-            f"the reasons (usually the environment or its gateway). Fix the cause and continue with --resume",
+            f"{cause}, and continue with --resume",
             ExitCode.UNAVAILABLE,
         )
 

@@ -17,3 +17,10 @@ def test_a_run_in_which_everything_is_dropped_ends_unless_a_trajectory_waits() -
     refuse_hopeless(16, admitted=8, waiting=1, reasons={})
     with pytest.raises(UserError, match="engine_failed"):
         refuse_hopeless(16, admitted=8, waiting=0, reasons={"engine_failed": 16})
+
+
+def test_prompts_that_are_too_long_are_named_with_the_key_to_change() -> None:
+    with pytest.raises(UserError, match=r"Raise sampling\.max_trajectory_tokens"):
+        refuse_hopeless(16, admitted=8, waiting=0, reasons={"prompt_too_long": 16})
+    with pytest.raises(UserError, match="usually the environment or its gateway"):
+        refuse_hopeless(16, admitted=8, waiting=0, reasons={"prompt_too_long": 15, "engine_failed": 1})
