@@ -7,6 +7,7 @@ import sys
 PROGRAMS = {
     "loop": "the embedded run: tokens per second, waiting times, pauses, bytes on the log",
     "bus": "publishing and reading through the log, kafka-python and confluent-kafka on a real Kafka",
+    "log_share": "the share of a version's time that the log on Kafka takes, in a real run",
     "ingest": "1,000 simulated rollout streams into one learner: trajectories per second, lag, memory",
     "memory": "log-probs and their gradients from all logits and in chunks: peak memory, tokens per second",
     "mismatch": "a toy trained with exact old log-probs and with each surrogate: masks, clips, rewards",

@@ -8,6 +8,8 @@ clock starts. The alternation exposes all clients to the same load of the machin
 counted, each client reads its own topic. Figures are medians over the rounds; a ratio is the median of the ratios of
 the rounds.
 
+Then each client in turn publishes single records and waits for each, as the learner does between two versions.
+
 `bare` is kafka-python with our batch size, `bare_defaults` with its default (both read alike, so only `bare` is
 reported for reading). All clients wait for every replica (acks=all) and are idempotent. Ratios compare `ours` with the
 faster of the two. Our records pass the claim check, as in a run.
@@ -64,10 +66,13 @@ def main(arguments: list[str]) -> dict[str, Any]:
             records = _records(tokens, options.mebibytes << 20)
             sizes[tokens] = _figures(records, _rounds(named, records, options.rounds))
             _show(tokens, sizes[tokens])
+        single = _single(named, _records(min(options.tokens), 0)[0], options.single)
+        print(f"  one record, acknowledged, median ms: {single}", flush=True)
     return {
         "name": "bus",
         "publish_ratio_to_bare": min(size["publish_ratio_to_bare"] for size in sizes.values()),
         "consume_ratio_to_bare": min(size["consume_ratio_to_bare"] for size in sizes.values()),
+        "single_record_ms": single,
         "sizes": {str(tokens): size for tokens, size in sizes.items()},
         "rounds": options.rounds,
         "kafka": "" if options.servers else kafka_version(),
@@ -83,6 +88,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     options.add_argument("--servers", default="", help="address of a running Kafka")
     options.add_argument("--rounds", type=int, default=8, help="counted rounds")
     options.add_argument("--mebibytes", type=int, default=32, help="MiB that each client publishes in a round")
+    options.add_argument("--single", type=int, default=300, help="records that each client publishes one at a time")
     options.add_argument("--tokens", type=int, nargs="+", default=[2048, 16384], help="lengths of trajectories")
     return options.parse_args(arguments)
 
@@ -125,6 +131,17 @@ def _round(
                 f"{name} read records that were not published"
             )
     return {name: Seconds(*published[name], *consumed[name]) for name in named}
+
+
+def _single(named: Mapping[str, Client], record: Outgoing, count: int) -> dict[str, float]:
+    """Return the median milliseconds until one record is acknowledged, by client. The clients take turns."""
+    taken: dict[str, list[float]] = {name: [] for name in named}
+    for _ in range(count):
+        for name, client in named.items():
+            began = time.perf_counter()
+            client.publish([record])
+            taken[name].append(time.perf_counter() - began)
+    return {name: round(median(seconds) * 1000, 3) for name, seconds in taken.items()}
 
 
 def _order(names: list[str], turn: int) -> list[str]:

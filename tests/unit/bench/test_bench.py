@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import bus
+from bench import bus, log_share
 from bench.records import VOCABULARY, Maker
 from bench.runs import run
 from bench.simulated_streams import Streams, _Driver
@@ -18,6 +18,7 @@ from palimpsest.common.messages import TRAJECTORIES, GroupOffered, TrajectoryFin
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.ingest.validation import check_finished
 from tests.records.builders import SAMPLING
+from tests.runs.run_process import scripted
 from tools.backends.kafka import Kafka
 
 pytestmark = pytest.mark.thorough
@@ -47,6 +48,7 @@ def test_the_list_names_every_program() -> None:
     names = {line.split()[0] for line in done.stdout.splitlines()[1:]}
     assert names == {
         "learner",
+        "log_share",
         "loop",
         "bus",
         "gateway",
@@ -89,10 +91,11 @@ def test_ingest_on_kafka(kafka_server: Kafka) -> None:
 
 @pytest.mark.servers
 def test_the_bus_is_compared_with_bare_clients(kafka_server: Kafka) -> None:
-    small = ("--rounds=1", "--mebibytes=1", "--tokens", "64", "256")
+    small = ("--rounds=1", "--mebibytes=1", "--single=2", "--tokens", "64", "256")
     figures = measured("bus", f"--servers={kafka_server.servers}", *small)
     assert figures.keys() >= {"publish_ratio_to_bare", "consume_ratio_to_bare", "sizes", "kafka", "rounds"}
     assert figures["sizes"].keys() == {"64", "256"}
+    assert figures["single_record_ms"].keys() == {"ours", "bare", "bare_defaults", "confluent"}
     for size in figures["sizes"].values():
         for what in ("publish", "consume"):
             assert size[what].keys() >= {"ours", "bare", "confluent"}
@@ -109,6 +112,52 @@ def test_ratios_are_relative_to_the_faster_bare_client() -> None:
     assert figures["publish_ratio_to_bare"] == (1 / 2 + 3 / 4) / 2
     assert figures["consume_ratio_to_bare"] == 1.0
     assert figures["consume"]["bare"]["cpu_us_per_record"] == 25_000
+
+
+def test_the_share_of_the_log_is_that_of_the_learners_main_thread_between_two_versions() -> None:
+    """10 s from version to version: 1.2 s of publishing and 0.55 s of polling on the main thread, 4 s on another."""
+    learner = [
+        call("publish", at=100.0, wall=9.0, version=True),
+        cpu(100.5, 5.0, 1.0),
+        call("publish", at=103.0, wall=0.9),
+        call("poll", at=104.0, wall=6.0, cpu=0.55),
+        call("publish", at=105.0, wall=4.0, main=False),
+        cpu(109.0, 13.0, 3.0),
+        call("publish", at=110.0, wall=0.3, version=True),
+        call("poll", at=111.0, wall=3.0, cpu=3.0),
+    ]
+    worker = [call("poll", at=50.0, wall=1.0)]
+    figures = log_share.shares([worker, learner], publish_times=3.0, consume_times=5.5)
+    assert (figures["versions"], figures["seconds"]) == (1, 10.0)
+    assert (figures["critical_publish_share"], figures["critical_poll_share"]) == (0.12, 0.055)
+    assert figures["saved_share"] == 0.08 + 0.045
+    assert figures["learner"]["other_threads"]["publish_s"] == 4.0
+    assert figures["learner"]["library_share"] == 0.25
+    assert figures["others"] == []
+
+
+def call(
+    what: str, *, at: float, wall: float, cpu: float = 0.0, main: bool = True, version: bool = False
+) -> dict[str, Any]:
+    return {
+        "at": at, "what": what, "wall": wall, "cpu": cpu, "main": main, "version": version, "records": 1, "bytes": 9,
+    }  # fmt: skip
+
+
+def cpu(at: float, process: float, library: float) -> dict[str, Any]:
+    return {"at": at, "cpu": {"process": process, "library": library}}
+
+
+@pytest.mark.servers
+@pytest.mark.long
+def test_the_share_of_the_log_is_measured_in_a_run(kafka_server: Kafka, tmp_path: Path, starting_model: Path) -> None:
+    """With the scripted engine: the calls of learner and worker are noted, and the learner publishes each version."""
+    file = scripted(tmp_path, starting_model, versions=4)
+    figures = measured("log_share", f"--run={file}", "--versions=4", f"--servers={kafka_server.servers}")
+    assert figures["versions"] == 4
+    assert 0 < figures["saved_share"] < figures["critical_share"] < 1
+    assert figures["learner"]["read"] > 0
+    assert any(one["published"] for one in figures["others"])
 
 
 class FixedClient:
