@@ -153,8 +153,10 @@ def the_learner_does_not_confirm_its_lease(patch: Patch) -> None:
 def a_version_is_announced_before_its_checkpoint(patch: Patch) -> None:
     publish = Publishing.publish
 
-    def published(self: Publishing, version: Version, checkpoint: Checkpoint | None, *, now: float) -> None:
-        publish(self, version, None, now=now)
+    def published(
+        self: Publishing, version: Version, checkpoint: Checkpoint | None, *, now: float, durable: bool = True
+    ) -> None:
+        publish(self, version, None, now=now, durable=durable)
         if checkpoint is not None:
             self.save(checkpoint)
 
