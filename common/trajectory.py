@@ -20,7 +20,7 @@ LOWEST_LOGPROB = -104.0
 of a lower probability."""
 
 
-class Segment(Struct, frozen=True, forbid_unknown_fields=True):
+class Segment(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Longest run of tokens in one turn that one version sampled: tokens [start, stop)."""
 
     start: int
@@ -28,6 +28,10 @@ class Segment(Struct, frozen=True, forbid_unknown_fields=True):
     version: Version
     behavior_logprobs: bytes
     """float32, one value per token, in nats: log mu_version of the sampled token, measured by the engine."""
+    routes: bytes = b""
+    """With learner.routing_replay = "engine": the experts that the engine chose for the positions since the previous
+    segment (common/routes.py); uint8, or uint16 above 256 experts, [positions, layers, experts of a token]. Releases
+    without this field reject the record."""
 
     def __len__(self) -> int:
         return self.stop - self.start

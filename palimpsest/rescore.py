@@ -36,6 +36,7 @@ from palimpsest.common.snapshots.manifest import Manifest, unseal
 from palimpsest.common.snapshots.raw_file import RawFile
 from palimpsest.common.snapshots.walker import Walker
 from palimpsest.common.versions import Version
+from palimpsest.rescore_routing import given_experts
 
 UNTRAINABLE = -1
 TRAINING_PASS = -2
@@ -59,7 +60,9 @@ def main(run: Path, config: dict[str, Any], model: str | None, every: int) -> di
     chunk, packed = learner.get("logprob_chunk_tokens", CHUNK_TOKENS), learner.get("layout") == "packed"
     with tempfile.TemporaryDirectory() as folder:
         store = snapshots(run, config, Path(folder))
-        return rescore(run / "records", Models(store, path, attention, chunk, packed=packed), every)
+        engine = config.get("learner", {}).get("routing_replay") == "engine"
+        models = Models(store, path, attention, chunk, packed=packed)
+        return rescore(run / "records", models, every, engine=engine)
 
 
 def snapshots(run: Path, config: dict[str, Any], folder: Path) -> Path:
@@ -213,8 +216,11 @@ def score_packed(model: Any, tokens: np.ndarray, temperatures: np.ndarray, lengt
     return scored
 
 
-def rescore(records: Path, models: Models, every: int = 1) -> dict[str, Any]:
-    """Compare the old log-prob of every recorded token. Raises Lacking if there is none."""
+def rescore(records: Path, models: Models, every: int = 1, *, engine: bool = False) -> dict[str, Any]:
+    """Compare the old log-prob of every recorded token. Raises Lacking if there is none.
+
+    engine: whether passes besides the training's replay the recorded experts, too.
+    """
     if not any(records.glob("*.npz")):
         raise Lacking(f"{records} holds no batch: record the run with learner.record = true")
     alone: list[np.ndarray] = []
@@ -226,8 +232,9 @@ def rescore(records: Path, models: Models, every: int = 1) -> dict[str, Any]:
         present = sorted({int(v) for batch in batches for v in np.unique(batch["versions"])} - {UNTRAINABLE})
         versions.update(present)
         for version in present:
-            for tokens, temperatures, recorded, lengths in passes(batches, version):
-                scored = score(models(version), tokens, temperatures, lengths if models.packed else None)
+            for tokens, temperatures, recorded, lengths, routes in passes(batches, version, engine=engine):
+                with given_experts(models(version), routes):
+                    scored = score(models(version), tokens, temperatures, lengths if models.packed else None)
                 chosen = ~np.isnan(recorded)
                 same, unequal = same + int(chosen.sum()), unequal + int((scored[chosen] != recorded[chosen]).sum())
             for batch in batches:
@@ -239,6 +246,11 @@ def rescore(records: Path, models: Models, every: int = 1) -> dict[str, Any]:
                     single[:length] = score(
                         models(version), only, batch["temperatures"][[row]], [int(length)] if models.packed else None
                     )[0]
+                    routes = batch["routes"][[row], :length] if engine else None
+                    with given_experts(models(version), routes):
+                        single[:length] = score(
+                            models(version), batch["tokens"][row : row + 1, :length], batch["temperatures"][[row]]
+                        )[0]
                     alone.append(np.abs(single[chosen] - batch["proximal"][row][chosen]))
                     staleness = int(batch["now"]) - version
                     behavior = batch["behavior"][row][chosen]
@@ -261,19 +273,19 @@ def rescore(records: Path, models: Models, every: int = 1) -> dict[str, Any]:
 
 
 def passes(
-    batches: list[dict[str, Any]], version: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]]:
+    batches: list[dict[str, Any]], version: int, *, engine: bool = False
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, list[int], np.ndarray | None]]:
     """Iterate over the learner's passes that gave old log-probs of this version.
 
     Yields tokens, temperatures, and the recorded values, NaN where the pass gave none; [rows, length] and [rows, 1];
-    and the tokens of each row.
+    the tokens of each row; and the experts that were replayed, [rows, length, layers, experts of a token].
     """
     for batch in batches:  # the training's own passes: complete micro-batches
         own = (batch["passes"] == TRAINING_PASS) & (batch["versions"] == version) & batch["exact"]
         if own.any():
             yield (
                 batch["tokens"], batch["temperatures"], np.where(own, batch["proximal"], np.nan),
-                batch["lengths"].tolist(),
+                batch["lengths"].tolist(), batch["routes"],
             )  # fmt: skip
     rows = defaultdict(list)
     for batch in batches:
@@ -293,7 +305,17 @@ def passes(
         for i, (length, _, batch, row, values) in enumerate(together):
             tokens[i, :length], recorded[i, :length] = batch["tokens"][row, :length], values
         temperatures = np.concatenate([batch["temperatures"][[row]] for _, _, batch, row, _ in together])
-        yield tokens, temperatures, recorded, [length for length, *_ in together]
+        lengths = [length for length, *_ in together]
+        yield tokens, temperatures, recorded, lengths, routes_of(together) if engine else None
+
+
+def routes_of(together: list[tuple[int, str, dict[str, Any], int, np.ndarray]]) -> np.ndarray:
+    """Return the experts that the rows of a pass replay, -1 in the padding."""
+    first = together[0][2]["routes"]
+    routes = np.full((len(together), together[-1][0], *first.shape[2:]), -1, first.dtype)
+    for i, (length, _, batch, row, _) in enumerate(together):
+        routes[i, :length] = batch["routes"][row, :length]
+    return routes
 
 
 def micro_batches(path: Path) -> list[dict[str, Any]]:
@@ -308,7 +330,11 @@ def micro_batches(path: Path) -> list[dict[str, Any]]:
             raise Lacking(
                 f"{path} lacks {min(lacking)}: an older release recorded the run; rescore it with that release"
             )
-        return [{"now": file["now"]} | {name: file[f"{name}_{i}"] for name in names} for i in range(count)]
+        return [
+            {"now": file["now"], "routes": file[f"routes_{i}"] if f"routes_{i}" in file.files else None}
+            | {name: file[f"{name}_{i}"] for name in names}
+            for i in range(count)
+        ]
 
 
 def means(by_staleness: dict[int, list[np.ndarray]]) -> dict[str, float]:

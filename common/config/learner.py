@@ -104,6 +104,14 @@ class LearnerConfig(Service):
     publishing: Literal["inline", "background"] = "inline"
     """`inline`: the next batch waits until a version is stored and announced. `background`: a thread does both while
     the learner takes the next batch and makes its passes; the next optimizer step waits (docs/publishing.md)."""
+    offload: Literal["none", "optimizer"] = "none"
+    """`optimizer`: float32 masters, gradients and moments are in the host's memory, and the step computes there
+    (docs/memory.md). The GPU holds the bf16 weights, or gathers them with `sharding`. `none`: all on the GPU."""
+    routing_replay: Literal["none", "learner", "engine"] = "none"
+    """Mixtures of experts: replay the experts of each token in the training passes (docs/algorithms/routing-replay.md).
+    `none`: the routers choose by themselves. `learner` (R2): those of the passes that computed the old log-probs.
+    `engine` (R3): those that the engine sampled with, in the passes for old log-probs, too; they travel with the
+    trajectories."""
     recipe: str = ""
     """Name of a published method (docs/algorithms/recipes.md). It sets the sections below. Keys that the run sets
     take precedence."""
@@ -166,6 +174,29 @@ class LearnerConfig(Service):
             )
         if self.sharding != "none":
             self._refuse_with_sharding()
+        if self.routing_replay == "learner" and not (
+            isinstance(self.proximal, SnapshotProximal) and not self.proximal.prefetch
+        ):
+            raise ValueError(
+                'routing_replay = "learner" records the experts in the passes for old log-probs that come just before '
+                'the training: it needs proximal.kind = "snapshot" with prefetch = false. Change it, or set '
+                'routing_replay = "none"'
+            )
+        if self.routing_replay != "none" and self.layout == "packed":
+            raise ValueError(
+                f'layout = "packed" does not support routing_replay = "{self.routing_replay}": experts are replayed in '
+                f'padded passes. Set layout = "padded", or routing_replay = "none"'
+            )
+        if self.routing_replay != "none" and self.lora.rank:
+            raise ValueError(
+                f'routing_replay = "{self.routing_replay}" was not tried with lora.rank = {self.lora.rank}: set one of '
+                f"them to its default"
+            )
+        if self.routing_replay == "engine" and row.runs_replicas:
+            raise ValueError(
+                'routing_replay = "engine" is not known to replicas: choose another proximal.kind, or set '
+                'routing_replay = "none"'
+            )
         if self.audit.fraction and row.exact:
             raise ValueError(
                 f"audit.fraction compares a surrogate with the old log-probs, but proximal.kind = "

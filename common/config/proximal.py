@@ -47,6 +47,9 @@ class InterruptionProximal(Section):
     kind: Literal["interruption"]
     deadline_s: PositiveFloat = 5.0
     """Time for workers to stop, in seconds. The cut excludes workers that stop later."""
+    hold_s: PositiveFloat | None = None
+    """Time without a message from the learner, in seconds, after which workers that wait at a cut sample again: longer
+    than the training and the publishing of a version. None: 120."""
     missing: MissingPolicy = "drop"
     """Policy for tokens that arrive too late to be scored."""
 

@@ -45,6 +45,7 @@ from palimpsest.common.snapshots.retrying_http import (
     Upload,
     WithoutRoom,
     raise_for_status,
+    timeout_of,
 )
 from palimpsest.common.versions import Version
 
@@ -304,7 +305,12 @@ class SnapshotClient:
         upload = Upload(file)
 
         def send(http: httpx.Client) -> httpx.Response:
-            return http.put(f"/v1/objects/{digest}", content=upload.chunks(), headers={"Content-Length": str(size)})
+            return http.put(
+                f"/v1/objects/{digest}",
+                content=upload.chunks(),
+                headers={"Content-Length": str(size)},
+                timeout=timeout_of(size),  # after the last byte, the store writes the object to its disk or its S3
+            )
 
         while True:
             try:

@@ -18,6 +18,7 @@ from palimpsest.common.control.access import SERVICE_TOKEN
 from palimpsest.common.control.credentials import authorization
 from palimpsest.common.outages import OUTAGES, ROOM, S3, STORE, Outages, Waiting
 from palimpsest.common.proxies import our_client, outside_client
+from palimpsest.common.time_limits import limit_s
 from palimpsest.common.tls import tls_context
 from palimpsest.common.user_error import UserError
 
@@ -32,7 +33,13 @@ has to free space."""
 ROOM_PATIENCE_S = 12 * 3600.0
 """Time for which a call waits for room in the store, in seconds: half of the time for which the learner's lease holds,
 because a learner that waits does not renew it."""
-_TIMEOUT = httpx.Timeout(60.0, connect=5.0)
+_SILENCE_S = 60.0
+"""Longest time without a byte in an open call, in seconds."""
+
+
+def timeout_of(size: int) -> httpx.Timeout:
+    """Return the timeouts of a call whose answer comes after the store has written this many bytes."""
+    return httpx.Timeout(limit_s(_SILENCE_S, size), connect=5.0)
 
 
 class StoreUnavailable(Exception):
@@ -84,9 +91,9 @@ class RetryingHttp:
         outages: Outages = OUTAGES,
     ) -> None:
         context = tls_context(ca_file, key="snapshot_store.ca_file")  # once, because reading certificates takes 40 ms
-        self._http = our_client(base_url=url, verify=context, timeout=_TIMEOUT, headers=authorization(os.environ))
+        self._http = our_client(base_url=url, verify=context, timeout=timeout_of(0), headers=authorization(os.environ))
         # A presigned URL signs only the Host header, so others may be sent. `identity`: ranges count stored bytes
-        self._direct = outside_client(context, timeout=_TIMEOUT, headers={"Accept-Encoding": "identity"})
+        self._direct = outside_client(context, timeout=timeout_of(0), headers={"Accept-Encoding": "identity"})
         self._patience_s, self._sleep, self._outages = patience_s, sleep, outages
         self._sleep_without_room = sleep_without_room or sleep
         self.url = url

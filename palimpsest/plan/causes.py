@@ -41,6 +41,8 @@ class Memory:
     held: tuple[Cause, ...]
     """Held all the time."""
     moments: tuple[Moment, ...]
+    host: tuple[Cause, ...] = ()
+    """Held in the host's memory instead."""
 
     @property
     def static(self) -> int:

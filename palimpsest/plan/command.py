@@ -84,6 +84,8 @@ def _remedies(config: RunConfig, longest: int) -> list[tuple[tuple[str, ...], in
         changes.append((f"learner.micro_batch_tokens = {longest}", {"micro_batch_tokens": longest}))
     if config.learner.sharding == "none" and config.local.learner_ranks > 1:
         changes.append(('learner.sharding = "full"', {"sharding": "full"}))
+    if config.learner.offload == "none":
+        changes.append(('learner.offload = "optimizer"', {"offload": "optimizer"}))
     tried, found = [], []
     for name, change in changes:
         if (changed := _changed(config, change)) is None:

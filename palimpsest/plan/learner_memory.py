@@ -13,6 +13,7 @@ from palimpsest.plan.rehearsal import PassShape, Rehearsed
 from palimpsest.services.learner.model.logprobs import BLOCK_ENTRIES, BLOCK_ENTRIES_ELSEWHERE
 
 FLOAT32, BFLOAT16 = 4, 2
+AVERAGE, BASELINE = "average of the weights, float32", "gradients of the baseline, float32"
 BLOCKS_GATHERED = 2
 """Blocks whose weights are gathered at one time: the one that computes, and the next one."""
 FLOAT32_BLOCKS = 3
@@ -22,8 +23,13 @@ FLOAT32_BLOCKS = 3
 def learner_memory(config: LearnerConfig, rehearsed: Rehearsed, shape: PassShape, *, ranks: int, gpu: bool) -> Memory:
     """Return the memory of a rank. gpu: whether the rank runs on a GPU, where more logits are float32 at a time."""
     shares = ranks if config.sharding != "none" else 1
-    held = tuple(_held(config, rehearsed, shares))
-    return Memory(held, tuple(_moments(config, rehearsed, shape, ranks=ranks, shares=shares, gpu=gpu)))
+    optimizer, held = _optimizer(rehearsed, shares), _held(config, rehearsed, shares)
+    moments = tuple(_moments(config, rehearsed, shape, ranks=ranks, shares=shares, gpu=gpu))
+    if config.offload == "optimizer":
+        host = [cause for cause in held if cause.name in (AVERAGE, BASELINE)]  # where the masters are
+        gpu_held = tuple(cause for cause in held if cause not in host)
+        return Memory(gpu_held, moments[:-1], host=(*optimizer, *host, *moments[-1].causes))
+    return Memory((*held[:1], *optimizer, *held[1:]) if config.sharding == "none" else (*optimizer, *held), moments)
 
 
 def pass_shape(config: LearnerConfig, longest: int, attention: str) -> PassShape:
@@ -38,21 +44,27 @@ def pass_shape(config: LearnerConfig, longest: int, attention: str) -> PassShape
     return PassShape(rows, length, config.logprob_chunk_tokens, every, attention, packed, rest, config.lora)
 
 
-def _held(config: LearnerConfig, rehearsed: Rehearsed, shares: int) -> list[Cause]:
-    model, kind = rehearsed.model, config.proximal.kind
-    each, split = -(-FLOAT32 * model.trained // shares), ("local.learner_ranks",) if shares > 1 else ()
-    causes = [
+def _optimizer(rehearsed: Rehearsed, shares: int) -> list[Cause]:
+    """What learner.offload moves to the host."""
+    each = -(-FLOAT32 * rehearsed.model.trained // shares)
+    split = ("learner.offload", *(("local.learner_ranks",) if shares > 1 else ()))
+    return [
         Cause("masters, float32", each, split),
         Cause("gradients, float32", each, split),
         Cause("moments of AdamW, float32", 2 * each, split),
     ]
-    if config.sharding == "none":
-        causes.insert(0, Cause("weights", model.weights))
+
+
+def _held(config: LearnerConfig, rehearsed: Rehearsed, shares: int) -> list[Cause]:
+    """What stays on the GPU; the weights first, if the rank holds them."""
+    model, kind = rehearsed.model, config.proximal.kind
+    each, split = -(-FLOAT32 * model.trained // shares), ("local.learner_ranks",) if shares > 1 else ()
+    causes = [Cause("weights", model.weights)] if config.sharding == "none" else []
     if kind == "snapshot":
         old = -(-model.copied // shares)
         causes.append(Cause("weights of an old version", old, ("learner.proximal.kind", *split)))
     if kind in AVERAGES:
-        causes.append(Cause("average of the weights, float32", each, ("learner.proximal.kind",)))
+        causes.append(Cause(AVERAGE, each, ("learner.proximal.kind",)))
         causes.append(Cause("average in the model's type", model.copied, ("learner.proximal.kind",)))
     if config.audit.fraction and not PROXIMAL_KINDS[kind].exact:
         old = -(-model.copied // shares)
@@ -63,7 +75,7 @@ def _held(config: LearnerConfig, rehearsed: Rehearsed, shares: int) -> list[Caus
         size = model.decoder_weights + 4 * FLOAT32 * model.decoder_parameters
         causes.append(Cause("critic with its optimizer", size, ("learner.advantages.kind",)))
     if config.vcpo.baseline:
-        causes.append(Cause("gradients of the baseline, float32", 2 * each, ("learner.vcpo.baseline",)))
+        causes.append(Cause(BASELINE, 2 * each, ("learner.vcpo.baseline",)))
     return causes
 
 

@@ -27,6 +27,8 @@ def render(plan: Plan) -> str:
         lines += [f"in addition during: {moment.name}", *(_line(cause) for cause in moment.causes)]
     lines.append(_sum(f"peak, {learner.largest.name}", learner.peak))
     lines.append(_sum(f"a GPU of {plan.gpus.gib:g} GiB, less {gib(CONTEXT)} for CUDA", plan.gpus.usable))
+    if learner.host:
+        lines.append(_sum("in the host's memory, for each rank", sum(cause.size for cause in learner.host)))
     lines += ["", *_engine(plan), *plan.misfits()]
     if plan.fits:
         lines.append("The run fits.")
@@ -45,6 +47,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "moments": {
                 moment.name: {cause.name: cause.size for cause in moment.causes} for moment in plan.learner.moments
             },
+            "host": {cause.name: cause.size for cause in plan.learner.host},
             "peak_bytes": plan.learner.peak,
             "peak_moment": plan.learner.largest.name,
         },

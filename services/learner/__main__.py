@@ -50,6 +50,7 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     from palimpsest.services.learner.coordinator import run_coordinator
     from palimpsest.services.learner.distributed import ProcessGroup
     from palimpsest.services.learner.loop_parts import Training
+    from palimpsest.services.learner.model.routing import refuse_unroutable
     from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer
     from palimpsest.services.learner.sharding.build import build_shards
     from palimpsest.services.learner.training.build import build_training_state
@@ -66,6 +67,8 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     adapter = own_adapter(config)
     shards = build_shards(config, ranks) if sharded else None
     policy = shards.policy if shards is not None else _whole_policy(config, ranks)
+    if config.learner.routing_replay != "none":
+        refuse_unroutable(policy.model)
     kept = config.snapshot_store
     with SnapshotClient(
         config.store_url,
@@ -108,7 +111,7 @@ def _whole_policy(config: RunConfig, ranks: "ProcessGroup") -> "TrainablePolicy"
     model = load_policy(config, ranks.device)
     if config.learner.activation_checkpointing:
         checkpoint_activations(model, every=config.learner.activation_checkpointing_every)
-    return TrainablePolicy(model, config.learner.optimizer)
+    return TrainablePolicy(model, config.learner.optimizer, offload=config.learner.offload == "optimizer")
 
 
 def wait_for_room(stop: Stop, seconds: float) -> None:

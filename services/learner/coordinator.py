@@ -11,6 +11,7 @@ from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.instruments import report_free_bytes
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import Sampling
+from palimpsest.common.routes import route_shape
 from palimpsest.common.service import Starting, Stop
 from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.snapshots.client import SnapshotClient
@@ -78,6 +79,7 @@ def run_coordinator(
         evaluations=evaluator,
         keep_flushed=PROXIMAL_KINDS[learner.proximal.kind].cuts_workers,
         on_resolved=scores.forget,
+        routes=route_shape(config.model.path) if learner.routing_replay == "engine" else None,
     )
     exact = route(
         learner,

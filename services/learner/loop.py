@@ -223,10 +223,10 @@ class Loop:
 
     def _attach_old_logprobs(self, batch: list[ReadyGroup[ReceivedTrajectory]]) -> list[list[Row]] | None:
         """Return the rows of each group with the available old log-probs; None if a stop or a change is requested."""
-        lowest, kind = self._ledger.bound.lowest(self.version), self._config.advantages.kind
+        low, kind, shape = self._ledger.bound.lowest(self.version), self._config.advantages.kind, self._reader.routes
         groups = [
-            to_rows([one.record for one in group.items], kind, lowest=lowest, baseline=[o.record for o in group.stale])
-            for group in batch
+            to_rows([o.record for o in g.items], kind, lowest=low, baseline=[o.record for o in g.stale], routes=shape)
+            for g in batch
         ]
         self.status.waiting_for = "old log-probs of the batch"
         attached = self._route.attach_old_logprobs(

@@ -8,6 +8,7 @@ from palimpsest.common import run_folder
 from palimpsest.common.base_model import own_adapter
 from palimpsest.common.bus.factory import open_bus
 from palimpsest.common.config import Invocation
+from palimpsest.common.config.proximal import InterruptionProximal
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.config.session_environments import agent_programs
 from palimpsest.common.control.credentials import open_access
@@ -84,7 +85,7 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
                 max_live=rollout.max_live, limit=limit, samples=config.tasks.samples_per_group,
                 versions=config.learner.versions,
                 evaluation_samples=config.evaluation.samples if config.evaluation.every else 0,
-                control=ControlCheck(store),
+                control=ControlCheck(store), hold_s=_hold_s(config),
             )  # fmt: skip
             loop = asyncio.get_running_loop()
 
@@ -120,6 +121,12 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
             finally:
                 await engine.close()
                 bus.close()
+
+
+def _hold_s(config: RunConfig) -> float | None:
+    """Time limit of the wait at a cut, if the run has cuts and the file a limit."""
+    proximal = config.learner.proximal
+    return proximal.hold_s if isinstance(proximal, InterruptionProximal) else None
 
 
 def _sessions(config: RunConfig) -> PlacedSessions:

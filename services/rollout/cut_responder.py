@@ -40,7 +40,10 @@ class CutResponder:
         live: Sequence[InFlightTrajectory],
         weights: WeightSync,
         outbox: Outbox,
+        hold_s: float | None = None,
     ) -> None:
+        """hold_s: see learner.proximal.hold_s; None: HOLD_LIMIT_S."""
+        self._hold_s = HOLD_LIMIT_S if hold_s is None else hold_s
         self._run, self._worker = run, worker
         self._engine, self._live, self._weights, self._outbox = engine, live, weights, outbox
         self._cuts = CutState()
@@ -66,12 +69,12 @@ class CutResponder:
         self._news.set()
 
     def note_end_of_log(self) -> None:
-        """Note that the log is read to its end. If the learner was silent for HOLD_LIMIT_S, end the hold."""
+        """Note that the log is read to its end. If the learner was silent for the hold limit, end the hold."""
         now = asyncio.get_running_loop().time()
         if now - self._looked_at > ANSWER_S:
             self._silent_since = now
         self._looked_at = now
-        if self.cut is not None and self.cut == self._reached and now - self._silent_since >= HOLD_LIMIT_S:
+        if self.cut is not None and self.cut == self._reached and now - self._silent_since >= self._hold_s:
             self._end_hold()
 
     async def serve(self) -> None:
@@ -145,7 +148,7 @@ class CutResponder:
     def _end_hold(self) -> None:
         instruments.HOLDS_GIVEN_UP.inc()
         logger().warning(
-            "cut hold timed out", cut=self.cut, version=self._cuts.held, seconds=HOLD_LIMIT_S,
+            "cut hold timed out", cut=self.cut, version=self._cuts.held, seconds=self._hold_s,
             consequence="resumes sampling; tokens sampled with this version are not scored",
         )  # fmt: skip
         self._cuts.release()

@@ -60,16 +60,23 @@ class TrajectoryBuilder:
         if covered != len(sampled.tokens):
             raise Contradiction(f"spans cover {covered} of {len(sampled.tokens)} sampled tokens")
         base = len(self._tokens)
-        self._tokens.extend(sampled.tokens)
-        self._segments.extend(
-            Segment(
-                base + span.start,
-                base + span.stop,
-                span.version,
-                pack_float32(list(sampled.logprobs[span.start : span.stop])),
+        if sampled.routes is not None and len(sampled.routes) != base + len(sampled.tokens) - 1:
+            raise Contradiction(
+                f"the engine returned experts of {len(sampled.routes)} positions before {len(sampled.tokens)} tokens "
+                f"after {base}"
             )
-            for span in sampled.spans
-        )
+        self._tokens.extend(sampled.tokens)
+        for span in sampled.spans:
+            start, stop = self._segments[-1].stop - 1 if self._segments else 0, base + span.stop - 1
+            self._segments.append(
+                Segment(
+                    base + span.start,
+                    base + span.stop,
+                    span.version,
+                    pack_float32(list(sampled.logprobs[span.start : span.stop])),
+                    b"" if sampled.routes is None else sampled.routes[start:stop].tobytes(),
+                )
+            )
         self._turns += 1
 
     def with_partial(self, partial: SampledTokens | None) -> "TrajectoryBuilder":

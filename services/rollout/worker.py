@@ -76,9 +76,10 @@ class Worker:
         versions: int,
         evaluation_samples: int = 0,
         control: ControlCheck,
+        hold_s: float | None = None,
     ) -> None:
         """samples, evaluation_samples: most trajectories of a group, and of one of an evaluation (0: the run has none).
-        versions: of the run. control: checks that records are of the learner that has the run."""
+        versions: of the run. control: checks records for the learner that has the run. hold_s: see CutResponder."""
         self._run, self._name, self._bus = run, name, bus
         self._sampler, self._weights = sampler, weights
         self._slots, self._end = Slots(max_live), RunEnd(versions)
@@ -91,8 +92,9 @@ class Worker:
             run, self._outbox, control, limit, samples=(samples, evaluation_samples), worker=name
         )
         self._interruption = CutResponder(
-            run=run, worker=name, engine=sampler.engine, live=sampler.live, weights=weights, outbox=self._outbox
-        )
+            run=run, worker=name, engine=sampler.engine, live=sampler.live, weights=weights, outbox=self._outbox,
+            hold_s=hold_s,
+        )  # fmt: skip
         self._frontier = OffsetTracker()
         self._known_tasks: dict[int, int] = {}
         """Partition -> end of the tasks when the worker began to take them."""

@@ -124,6 +124,9 @@ LETTER = DeadLetter(
     run="first", topic="trajectories", partition=2, offset=99, key="g000007", headers={"trajectory": "g000007/3"},
     body=b"\x00\xff", cause=RejectCause.UNDECODABLE, reason="not msgpack", buried_at=1700000000.5,
 )  # fmt: skip
+WITH_ROUTES = msgspec.structs.replace(
+    FINISHED, segments=tuple(msgspec.structs.replace(one, routes=bytes((3, 250))) for one in FINISHED.segments)
+)
 OF_WRITER = {"writer": 7}
 WRITTEN: dict[str, tuple[str, msgspec.Struct]] = {
     "group_offered-1": (TASKS, OFFERED),
@@ -132,6 +135,7 @@ WRITTEN: dict[str, tuple[str, msgspec.Struct]] = {
     "evaluation_started-1": (CONTROL, EVALUATION_STARTED),
     "evaluation_ended-1": (CONTROL, EVALUATION_ENDED),
     "trajectory_finished-1": (TRAJECTORIES, FINISHED),
+    "trajectory_finished-1.routes": (TRAJECTORIES, WITH_ROUTES),
     "trajectory_dropped-1": (TRAJECTORIES, DROPPED),
     "segment_flushed-1": (TRAJECTORIES, FLUSHED),
     "cut_requested-1": (CONTROL, CUT_REQUESTED),

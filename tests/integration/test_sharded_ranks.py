@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.learner_parts import families
 from tests.learner_parts.models import build
-from tests.processes.shard_on_ranks import AGAIN, CASES, HYBRID, ONE, PACKED, THREE, UNTIED
+from tests.processes.shard_on_ranks import AGAIN, CASES, EXPERTS, HYBRID, OFFLOAD, ONE, PACKED, THREE, UNTIED
 from tests.processes.waiting import LIMIT_S
 from tests.runs.run_process import ROOT
 
@@ -23,7 +24,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
     """Case -> results of each rank."""
     folder = tmp_path_factory.mktemp("sharded")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
-    models = [str(build(tied=tied)) for tied in (True, False)]
+    models = [*(str(build(tied=tied)) for tied in (True, False)), str(families.build("Qwen3-MoE", folder / "model"))]
     done = subprocess.run(
         [sys.executable, *launcher, "tests.processes.shard_on_ranks", *models, str(folder)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S, check=False,
@@ -52,7 +53,7 @@ def test_gradients_and_steps_are_equal_up_to_the_order_of_sums(both: Any, case: 
         replicated, sharded = rank["replicated"], rank["sharded"]
         assert len(sharded["gradients"]) == len(replicated["gradients"]) == len(CASES[case])
         for own, expected in zip(sharded["gradients"][0], replicated["gradients"][0], strict=True):
-            if case in (ONE, UNTIED, HYBRID, AGAIN, PACKED):
+            if case in (ONE, UNTIED, HYBRID, AGAIN, EXPERTS, OFFLOAD, PACKED):
                 assert torch.equal(own, expected)
             else:
                 # bf16 gradients of up to three micro-batches of two ranks, added in float32
@@ -61,7 +62,7 @@ def test_gradients_and_steps_are_equal_up_to_the_order_of_sums(both: Any, case: 
         for own, expected in zip(sharded["masters"], replicated["masters"], strict=True):
             assert torch.allclose(own, expected, rtol=1e-5, atol=1e-5)
         assert sharded["loss"] == pytest.approx(replicated["loss"], rel=1e-2, abs=1e-5)
-        if case in (ONE, UNTIED, HYBRID, AGAIN, PACKED):
+        if case in (ONE, UNTIED, HYBRID, AGAIN, EXPERTS, OFFLOAD, PACKED):
             assert sharded["grad_norm"] == pytest.approx(replicated["grad_norm"], rel=1e-5)
         assert sharded["grad_norm"] == pytest.approx(replicated["grad_norm"], rel=1e-2)
 
@@ -77,6 +78,18 @@ def test_checkpointed_layers_are_computed_again_in_the_backward_pass(both: Any) 
     for usual, again in zip(both[ONE], both[AGAIN], strict=True):
         for name in ("replicated", "sharded"):
             assert again[name]["calls"] == usual[name]["calls"] + 1
+
+
+def test_an_offloaded_optimizer_changes_no_bit(both: Any) -> None:
+    for usual, offloaded in zip(both[ONE], both[OFFLOAD], strict=True):
+        for name in ("replicated", "sharded"):
+            for part in ("masters", "gradients"):
+                own, expected = (torch.cat([t.flatten() for t in _flat(one[name][part])]) for one in (offloaded, usual))
+                assert torch.equal(own, expected)
+
+
+def _flat(tensors: Any) -> list[torch.Tensor]:
+    return [each for part in tensors for each in (part if isinstance(part, list) else [part])]
 
 
 def test_all_ranks_end_with_the_same_weights_and_each_holds_half_of_them(both: Any) -> None:

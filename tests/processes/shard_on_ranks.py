@@ -1,23 +1,29 @@
 """Train fixed rows under torchrun with a replicated and with a sharded policy, and save both results.
 
-torchrun --standalone --nproc-per-node=2 -m tests.processes.shard_on_ranks MODEL UNTIED FOLDER
+torchrun --standalone --nproc-per-node=2 -m tests.processes.shard_on_ranks MODEL UNTIED EXPERTS FOLDER
 """
 
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from palimpsest.common.arrays import Float32Array
 from palimpsest.common.config.learner import OptimizerConfig
+from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import PaddedBatch, Row, micro_batches, pad
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.policy import checkpoint_activations, load_model
+from palimpsest.services.learner.model.routing import routers_of
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.old_logprobs.distributed_scorer import DistributedScorer, model_scorer, serve_scoring
 from palimpsest.services.learner.old_logprobs.passes import BatchScores
+from palimpsest.services.learner.proximal.types import Exact
 from palimpsest.services.learner.sharding.load import ModelFiles
 from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy
 from palimpsest.services.learner.training.results import StepResult, merge
@@ -32,16 +38,18 @@ ONE = "one micro-batch on each rank"
 UNTIED = "one micro-batch, a model with an output head"
 HYBRID = "one micro-batch, each rank a node of its own"
 AGAIN = "one micro-batch, each layer computed again in the backward pass"
+EXPERTS = "one micro-batch, a mixture with replayed experts, computed again in the backward pass"
+OFFLOAD = "one micro-batch, the optimizer in the host's memory"
 PACKED = "one micro-batch of packed rows, each layer computed again in the backward pass"
 THREE = "three micro-batches on each rank"
 CASES = {ONE: [some_rows("i", [20, 20])], THREE: [some_rows("j", [35, 35, 33, 33, 31, 31])], **UNEVEN}
-CASES[UNTIED] = CASES[HYBRID] = CASES[AGAIN] = CASES[ONE]
+CASES[OFFLOAD] = CASES[EXPERTS] = CASES[UNTIED] = CASES[HYBRID] = CASES[AGAIN] = CASES[ONE]
 CASES[PACKED] = [some_rows("p", [20, 20, 9, 7])]
 LEARNER = a_learner(micro_batch_tokens=40)
 
 
-def main(tied: str, untied: str, folder: Path) -> None:
-    """Save one file per case and rank. tied, untied: folders of models."""
+def main(tied: str, untied: str, experts: str, folder: Path) -> None:
+    """Save one file per case and rank. tied, untied, experts: folders of models."""
     torch.set_num_threads(1)
     ranks = ProcessGroup(equal_passes=True)
     mesh, nodes = (
@@ -49,12 +57,13 @@ def main(tied: str, untied: str, folder: Path) -> None:
         init_device_mesh("cpu", (ranks.size, 1), mesh_dim_names=("replica", "shard")),
     )
     for case, minibatches in CASES.items():
-        model = untied if case == UNTIED else tied
+        model = {UNTIED: untied, EXPERTS: experts}.get(case, tied)
         layout, attention = ("packed", "sdpa") if case == PACKED else ("padded", "eager")
         files = ModelFiles(model, attention, nodes if case == HYBRID else mesh, ranks.device, layout=layout)
-        replicated = TrainablePolicy(load_model(model, ranks.device, attention, layout=layout), OPTIMIZER)
-        sharded = ShardedPolicy(files.build(holds=torch.float32, trains=True), OPTIMIZER, ranks)
-        if case in (AGAIN, PACKED):
+        whole_model, offload = load_model(model, ranks.device, attention, layout=layout), case == OFFLOAD
+        replicated = TrainablePolicy(whole_model, OPTIMIZER, offload=offload)
+        sharded = ShardedPolicy(files.build(holds=torch.float32, trains=True, offload=offload), OPTIMIZER, ranks)
+        if case in (AGAIN, EXPERTS, PACKED):
             checkpoint_activations(replicated.model)
             sharded.model(checkpoint_activations)
         rows = [row for minibatch in minibatches for row in minibatch]
@@ -82,6 +91,16 @@ def passes_of(model: torch.nn.Module) -> list[int]:
     return calls
 
 
+class WithRoutes(CurrentModel):
+    """Lets a mixture replay experts that follow from the tokens alone."""
+
+    def proximal(self, batches: Sequence[PaddedBatch], now: Version, fresh: int = 0) -> Exact:
+        own, layers = super().proximal(batches, now, fresh), len(routers_of(self.model))
+        places = np.arange(layers)[:, None] + np.arange(2)
+        routes = [((batch.tokens[:, :, None, None] + places) % 8).astype(np.int16) for batch in batches]
+        return replace(own, routes=list(routes)) if layers else own
+
+
 def results(policy: TrainablePolicy, minibatches: list[list[Row]], ranks: ProcessGroup) -> dict[str, Any]:
     """Results of one version. Tensors are whole."""
     gradients: list[list[torch.Tensor]] = []
@@ -92,7 +111,7 @@ def results(policy: TrainablePolicy, minibatches: list[list[Row]], ranks: Proces
         return step()
 
     policy.step = noted  # type: ignore[method-assign]
-    own = train(policy, CurrentModel(policy.model), ranks, minibatches, NOW, config=LEARNER)
+    own = train(policy, WithRoutes(policy.model), ranks, minibatches, NOW, config=LEARNER)
     together: StepResult = merge(ranks.all_gather_object(own))
     return {
         "gradients": gradients,
@@ -136,4 +155,4 @@ def own_scores(model: torch.nn.Module, rows: list[Row], ranks: ProcessGroup) -> 
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4]))

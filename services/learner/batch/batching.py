@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from palimpsest.common.arrays import Float32Array, Int32Array
+from palimpsest.common.routes import FREE as FREE, Routes as Routes
 from palimpsest.common.versions import UNTRAINABLE, Version
 
 PASS_TOKENS = 256
@@ -41,6 +42,8 @@ class Row:
     """Whether a limit on turns or tokens ended the trajectory."""
     old: Float32Array | None = None
     """Old log-probs in nats; NaN where a token has none. None if no token has one."""
+    routes: Routes | None = None
+    """Experts to replay, [tokens, layers, experts of a token]. None: the routers choose."""
 
     @property
     def trainable(self) -> int:
@@ -61,6 +64,8 @@ class PaddedBatch:
     """Sampling temperatures, [rows, 1]."""
     old: Float32Array
     """Old log-probs in nats; NaN where a token has none."""
+    routes: Routes | None = None
+    """Experts to replay, [rows, length, layers, experts of a token]. None: the routers choose."""
     on_devices: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     """Device -> tensors of this batch there (model/device_batch.py). A batch made by `replace` starts without any."""
 
@@ -117,6 +122,7 @@ def pad(rows: Sequence[Row]) -> PaddedBatch:
     versions = np.full(shape, UNTRAINABLE, dtype=np.int32)
     behavior = np.zeros(shape, dtype=np.float32)
     old = np.full(shape, np.nan, dtype=np.float32)
+    routes: Routes | None = None
     for i, row in enumerate(rows):
         length = len(row.tokens)
         tokens[i, :length] = row.tokens
@@ -124,6 +130,10 @@ def pad(rows: Sequence[Row]) -> PaddedBatch:
         behavior[i, :length] = row.behavior
         if row.old is not None:
             old[i, :length] = row.old
+        if row.routes is not None:
+            if routes is None:
+                routes = np.full((*shape, *row.routes.shape[1:]), FREE, dtype=np.int16)
+            routes[i, :length] = row.routes
     return PaddedBatch(
         rows=tuple(rows),
         tokens=tokens,
@@ -132,6 +142,7 @@ def pad(rows: Sequence[Row]) -> PaddedBatch:
         advantages=np.repeat(np.array([[row.advantage] for row in rows], dtype=np.float32), longest, axis=1),
         temperatures=np.array([[row.temperature] for row in rows], dtype=np.float32),
         old=old,
+        routes=routes,
     )
 
 

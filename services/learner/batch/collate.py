@@ -8,6 +8,7 @@ import numpy as np
 from palimpsest.common.arrays import unpack_int32
 from palimpsest.common.branches import sequences
 from palimpsest.common.messages import Ending, TrajectoryFinished
+from palimpsest.common.routes import RouteShape, unpack_routes
 from palimpsest.common.trajectory import behavior_logprobs, token_versions
 from palimpsest.common.versions import UNTRAINABLE, Version
 from palimpsest.services.learner.advantages import group_advantages
@@ -20,18 +21,19 @@ def to_rows(
     *,
     lowest: int,
     baseline: Sequence[TrajectoryFinished] = (),
+    routes: RouteShape | None = None,
 ) -> list[Row]:
     """Return the rows of one group, with advantages. advantages: the value of learner.advantages.kind.
 
     A record has a row for each of its sequences, all with its advantage. Its reward counts once in the baseline.
 
     lowest: tokens of lower versions exceed the staleness bound and are untrainable. baseline: more trajectories of the
-    group; only their rewards count.
+    group; only their rewards count. routes: of the experts that the records carry, None: none.
     """
     rows: list[Row] = []
     rewards = [record.reward for record in (*records, *baseline)]
     for record, advantage in zip(records, group_advantages(advantages, rewards)[: len(records)], strict=True):
-        rows += [_row(sequence, advantage, lowest) for sequence in sequences(record)]
+        rows += [_row(sequence, advantage, lowest, routes) for sequence in sequences(record)]
     return rows
 
 
@@ -41,7 +43,7 @@ def regroup(rows: Sequence[Row], groups: Sequence[Sequence[Row]]) -> list[list[R
     return [[next(left) for _ in group] for group in groups]
 
 
-def _row(record: TrajectoryFinished, advantage: float, lowest: int) -> Row:
+def _row(record: TrajectoryFinished, advantage: float, lowest: int, routes: RouteShape | None) -> Row:
     tokens = unpack_int32(record.tokens)
     versions = token_versions(record.segments, len(tokens))
     stale = versions < lowest
@@ -56,6 +58,7 @@ def _row(record: TrajectoryFinished, advantage: float, lowest: int) -> Row:
         success=record.success,
         group=record.group,
         truncated=record.ending is Ending.TRUNCATED,
+        routes=None if routes is None else unpack_routes(record.segments, len(tokens), routes),
     )
 
 

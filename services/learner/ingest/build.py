@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from palimpsest.common.bus.port import Bus
+from palimpsest.common.routes import RouteShape
 from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.services.learner.buffer.ledger import TrajectoryLedger
 from palimpsest.services.learner.ingest.dead_letter_writer import DeadLetterWriter
@@ -56,6 +57,7 @@ def build_ingest(
     evaluations: EvaluationRecords,
     keep_flushed: bool = False,
     on_resolved: Callable[[str], None] = lambda _: None,
+    routes: RouteShape | None = None,
 ) -> Ingest:
     """Return the ingest around a ledger. See DeadLetterWriter for `confirm`, TaskPublisher for `epoch` and `control`,
     TrajectoryReader for the others."""
@@ -72,6 +74,7 @@ def build_ingest(
             evaluations=evaluations,
             keep_flushed=keep_flushed,
             on_resolved=on_resolved,
+            routes=routes,
         ),
         TaskPublisher(bus, ledger, offers, run=run, confirm=confirm, epoch=epoch, control=control),
         dead_letters,

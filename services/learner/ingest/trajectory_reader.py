@@ -18,6 +18,7 @@ from palimpsest.common.logs import logger
 from palimpsest.common.messages import REPLAYED, TRAJECTORIES, SegmentFlushed, TrajectoryDropped, TrajectoryFinished
 from palimpsest.common.offset_tracker import OffsetTracker
 from palimpsest.common.rejected_record import FOREIGN, RejectCause, RejectedRecord
+from palimpsest.common.routes import RouteShape
 from palimpsest.common.trajectory import trainable
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
@@ -97,9 +98,12 @@ class TrajectoryReader:
         evaluations: EvaluationRecords,
         keep_flushed: bool = False,
         on_resolved: Callable[[str], None] = lambda _: None,
+        routes: RouteShape | None = None,
     ) -> None:
         self._ledger, self._dead_letters, self._run = ledger, dead_letters, run
         self._offered, self._vocabulary = offered, vocabulary
+        self.routes = routes
+        """Of the experts that each trajectory carries; None: it carries none."""
         self._keeps_flushed, self._on_resolved, self._evaluations = keep_flushed, on_resolved, evaluations
         self._consumer = bus.consumer(TRAJECTORIES)
         self._tracker = OffsetTracker()
@@ -179,7 +183,7 @@ class TrajectoryReader:
         try:
             message: Message = decode_for_run(record, self._run)
             ends_trajectory = not isinstance(message, SegmentFlushed)
-            validate(message, newest, vocabulary=self._vocabulary)
+            validate(message, newest, vocabulary=self._vocabulary, routes=self.routes)
             if is_evaluation(message.group):
                 self._evaluations.enter(message)
                 self._tracker.resolve(record.partition, record.offset)  # a checkpoint holds what it entered

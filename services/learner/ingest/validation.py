@@ -6,6 +6,7 @@ from palimpsest.common.arrays import unpack_int32
 from palimpsest.common.branches import MARK, sequences
 from palimpsest.common.messages import SegmentFlushed, TrajectoryDropped, TrajectoryFinished
 from palimpsest.common.rejected_record import RejectCause
+from palimpsest.common.routes import RouteShape, check_routes
 from palimpsest.common.trajectory import MalformedTrajectory, check, check_tokens
 from palimpsest.common.versions import Version
 
@@ -14,17 +15,27 @@ MOST_TOKENS = 1 << 24
 
 
 def validate(
-    message: TrajectoryFinished | TrajectoryDropped | SegmentFlushed, newest: Version, *, vocabulary: int
+    message: TrajectoryFinished | TrajectoryDropped | SegmentFlushed,
+    newest: Version,
+    *,
+    vocabulary: int,
+    routes: RouteShape | None = None,
 ) -> None:
     """Raise MalformedTrajectory unless the message can be used.
 
-    newest: no token can be of a later version. vocabulary: number of token ids of the model.
+    newest: no token can be of a later version. vocabulary: number of token ids of the model. routes: of the experts
+    that the record must carry, None: none.
     """
     match message:
         case TrajectoryFinished():
             check_finished(message, newest, vocabulary=vocabulary)
+            if routes is not None:
+                for sequence in sequences(message):
+                    check_routes(sequence.segments, routes)
         case SegmentFlushed():
             check_sampled(message, newest, vocabulary=vocabulary)
+            if routes is not None:
+                check_routes(message.segments, routes)
 
 
 def check_sampled(message: TrajectoryFinished | SegmentFlushed, newest: Version, *, vocabulary: int) -> None:

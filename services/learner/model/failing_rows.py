@@ -113,5 +113,5 @@ def _error(forward: Forward, rows: list[Row]) -> Exception | None:
 def _zeros(row: Row) -> Row:
     return replace(
         row, tokens=np.zeros_like(row.tokens), versions=np.full_like(row.versions, UNTRAINABLE),
-        behavior=np.zeros_like(row.behavior), old=None,
+        behavior=np.zeros_like(row.behavior), old=None, routes=None,
     )  # fmt: skip

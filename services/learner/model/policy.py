@@ -25,6 +25,7 @@ from palimpsest.services.learner.model.output_head import (
     find_head,
 )
 from palimpsest.services.learner.model.packing import PACKED, PackedRows, packed_attention, packs_rows, use_packing
+from palimpsest.services.learner.model.routing import replayed
 from palimpsest.services.learner.sharding.sharded_model import ShardedModel
 
 _NO_ATTENTION = re.compile(r"(\w+) does not support an attention implementation")
@@ -159,20 +160,26 @@ def score_batch(
 ) -> Tensor:
     """Return log-probs of a padded batch, [rows, length] float32: see `token_logprobs`.
 
-    device: the model's. temperature: replaces the batch's temperatures. wanted: bool [rows, length]; default: the
-    trainable tokens. Other tokens get 0. Gradients follow the caller's mode.
+    Replays the batch's routes, if it has any. device: the model's. temperature: replaces the batch's temperatures.
+    wanted: bool [rows, length]; default: the trainable tokens. Other tokens get 0. Gradients follow the caller's mode.
     """
     own = on_device(batch, device)
     temperatures = own.temperatures if temperature is None else torch.full_like(own.temperatures, temperature)
     chosen = own.mask if wanted is None else torch.from_numpy(wanted).to(device)
-    return token_logprobs(model, own.tokens, temperatures, wanted=chosen, rows=own.rows if packs_rows(model) else None)
+    with replayed(model, batch.routes):
+        rows = own.rows if packs_rows(model) else None
+        return token_logprobs(model, own.tokens, temperatures, wanted=chosen, rows=rows)
 
 
 def score_batch_and_entropy(model: torch.nn.Module, batch: PaddedBatch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return log-probs and entropies of a padded batch's trainable tokens: see `token_logprobs_and_entropy`."""
+    """Return log-probs and entropies of a padded batch's trainable tokens: see `token_logprobs_and_entropy`.
+
+    Replays the batch's routes, if it has any.
+    """
     own = on_device(batch, device)
     rows = own.rows if packs_rows(model) else None
-    return token_logprobs_and_entropy(model, own.tokens, own.temperatures, wanted=own.mask, rows=rows)
+    with replayed(model, batch.routes):
+        return token_logprobs_and_entropy(model, own.tokens, own.temperatures, wanted=own.mask, rows=rows)
 
 
 def _score(

@@ -20,10 +20,12 @@ class TrainablePolicy:
     A hook moves each bf16 gradient into the float32 gradient of the master as soon as autograd has accumulated it.
     """
 
-    def __init__(self, model: torch.nn.Module, config: OptimizerConfig) -> None:
+    def __init__(self, model: torch.nn.Module, config: OptimizerConfig, *, offload: bool = False) -> None:
+        """offload: masters, gradients and moments are in the host's memory, and the optimizer computes there."""
         self.model, self._config = model, config
         self._computing = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [p.detach().float().clone() for p in self._computing]
+        home = torch.device("cpu") if offload else None
+        self.masters = [p.detach().to(home or p.device, torch.float32, copy=True) for p in self._computing]
         for computing, master in zip(self._computing, self.masters, strict=True):
             master.grad = torch.zeros_like(master)
             computing.register_post_accumulate_grad_hook(_collector(master))  # type: ignore[no-untyped-call]
@@ -142,7 +144,7 @@ def _collector(master: Tensor) -> Any:
     def collect(computing: Tensor) -> None:
         assert computing.grad is not None
         assert master.grad is not None
-        master.grad += computing.grad.float()
+        master.grad += computing.grad.to(master.device).float()  # two bytes a number cross the bus, not four
         computing.grad = None
 
     return collect

@@ -8,7 +8,9 @@ trajectories_i and lengths_i (in tokens) [rows]; first_i: whether current_i is o
 uint64 [rows, length]: bit b is set where cause b removed the token from the loss; passes_i [rows, length]: number of
 the forward pass that gave the old log-prob, -2 for the training's own pass, -1 if the value came with the row or there
 is none. A pass may hold rows of several micro-batches: those with one of its tokens, each up to its last one, sorted by
-length and trajectory. For the batch: now, the version trained at; causes, the names of the causes by bit.
+length and trajectory. With learner.routing_replay: routes_i, int16 [rows, length, layers, experts of a token], the
+experts that the training pass replayed, -1 where the routers chose. For the batch: now, the version trained at; causes,
+the names of the causes by bit.
 palimpsest/rescore.py and common/page/records.py read these files.
 """
 
@@ -54,6 +56,8 @@ class BatchDump:
                 f"removed_{i}": _bits(result, causes),
                 f"passes_{i}": np.full(padded.tokens.shape, NO_PASS) if result.passes is None else result.passes,
             }
+            if padded.routes is not None:
+                arrays[f"routes_{i}"] = padded.routes
         with atomic_write(self._folder / f"{batch.version:08d}.npz") as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
 

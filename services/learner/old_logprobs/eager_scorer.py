@@ -5,7 +5,7 @@ go to the score store, and also to the log if they must outlive the process.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from palimpsest.common.arrays import Float32Array, Int32Array, unpack_int32
 from palimpsest.common.branches import sequences
 from palimpsest.common.bus.port import Bus, Outgoing
 from palimpsest.common.messages import OLD_LOGPROBS, OldLogprobsComputed, SegmentFlushed, TrajectoryFinished, encode
+from palimpsest.common.routes import RouteShape, unpack_routes
 from palimpsest.common.trajectory import token_versions
 from palimpsest.common.versions import UNTRAINABLE, Version
 from palimpsest.services.learner import instruments
@@ -64,6 +65,7 @@ class EagerScorer:
 
     durable: the log that values are published on before a call returns. None: the values stay in this process.
     packed: whether `score` packs the rows of a micro-batch. at_once: number of micro-batches in one call of `score`.
+    at_once: number of micro-batches in one call of `score`. routes: of the experts that the records carry, None: none.
     """
 
     def __init__(
@@ -76,10 +78,12 @@ class EagerScorer:
         packed: bool = False,
         at_once: int = 1,
         durable: Bus | None = None,
+        routes: RouteShape | None = None,
     ) -> None:
         self._score, self._scores, self._run = score, scores, run
         self._micro_batch_tokens, self._packed = micro_batch_tokens, packed
         self._at_once, self._durable = at_once, durable
+        self._routes = routes
         self._resident: tuple[Version, str] | None = None
         self._done: set[Place] = set()
         self._waiting: dict[Place, _Waiting] = {}
@@ -143,7 +147,10 @@ class EagerScorer:
         versions = np.full(spans[-1][1], UNTRAINABLE, dtype=np.int32)  # causal: later tokens are not needed
         for start, stop in spans:
             versions[start:stop] = now
-        return _row(record, known.tokens[: len(versions)], versions)
+        row = _row(record, known.tokens[: len(versions)], versions)
+        if self._routes is None:
+            return row
+        return replace(row, routes=unpack_routes(record.segments, len(known.tokens), self._routes)[: len(versions)])
 
     def _store(
         self, rows: Sequence[Row], values: Float32Array, tokens: Sequence[bytes], now: Version, digest: str

@@ -95,17 +95,17 @@ def apply_missing_policy(
     scores: with the values of surrogate:current_recompute, if that is the policy; holes: the missing ones. Raises
     UserError if a value is missing and the policy is `fail`.
     """
-    values, shared, passes = scores.values, scores.shared, scores.passes
+    values, shared, passes, routes = scores.values, scores.shared, scores.passes, scores.routes
     if not any(hole.any() for hole in holes):
-        return Exact(values, shared=shared, passes=passes)
+        return Exact(values, shared=shared, passes=passes, routes=routes)
     _report(holes, batches, policy=policy, why=why, misses=misses)
     missing = [torch.from_numpy(hole).to(value.device) for hole, value in zip(holes, values, strict=True)]
     if policy == "drop":
-        return Exact(values, missing, shared=shared, passes=passes)
+        return Exact(values, missing, shared=shared, passes=passes, routes=routes)
     if policy == "surrogate:bypass":
         for batch, where, value in zip(batches, missing, values, strict=True):
             value.copy_(torch.where(where, torch.from_numpy(batch.behavior).to(value.device), value))
-    return Patched(values, missing, policy.removeprefix(SURROGATE), shared=shared, passes=passes)
+    return Patched(values, missing, policy.removeprefix(SURROGATE), shared=shared, passes=passes, routes=routes)
 
 
 def _report(

@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 
 from palimpsest.common.versions import UNTRAINABLE, Version
-from palimpsest.services.learner.batch.batching import PaddedBatch, Row, empty_batch, micro_batches, pad
+from palimpsest.services.learner.batch.batching import FREE, PaddedBatch, Routes, Row, empty_batch, micro_batches, pad
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.packing import packs_rows
 from palimpsest.services.learner.model.policy import score_batch
-from palimpsest.services.learner.proximal.types import NO_PASS, TRAINING_PASS
+from palimpsest.services.learner.model.routing import as_routes, recorded
+from palimpsest.services.learner.proximal.types import NO_PASS, TRAINING_PASS, RecordedRoutes
 
 Wanted = list[NDArray[np.bool_]]
 """For each micro-batch [rows, tokens] bool."""
@@ -35,6 +36,7 @@ class BatchScores:
         max_tokens: int,
         fresh: int,
         ranks: ProcessGroup | None = None,
+        record_routes: bool = False,
     ) -> None:
         """Take the values that came with the rows. -inf is a value: the token's probability underflowed.
 
@@ -52,6 +54,7 @@ class BatchScores:
         self.passes = [np.full(batch.tokens.shape, NO_PASS, dtype=np.int32) for batch in batches]
         """See Exact."""
         self._count = 0
+        self._recorder = RouteRecorder(batches) if record_routes else None
 
     def of(self, version: Version) -> Wanted:
         """Tokens of this version without a value."""
@@ -69,6 +72,11 @@ class BatchScores:
         self.score(model, [*none, *wanted[self._fresh :]])
 
     @property
+    def routes(self) -> RecordedRoutes | None:
+        """See Exact."""
+        return None if self._recorder is None else self._recorder.routes
+
+    @property
     def shared(self) -> list[torch.Tensor]:
         """Tokens whose values come from the training passes."""
         return [torch.from_numpy(passes == TRAINING_PASS).to(self._device) for passes in self.passes]
@@ -80,16 +88,61 @@ class BatchScores:
         layout = _layout(self._batches, wanted, self._max_tokens, packed=packs_rows(model))
         missing = 0 if self._ranks is None else self._ranks.passes_of_all(len(layout)) - len(layout)
         for rows, batch in layout:
-            scored = score_batch(model, batch, self._device)
+            scored, routes = self._scored(model, batch)
             for i, (place, index) in enumerate(rows):
                 own = np.flatnonzero(batch.mask[i])
                 chosen = torch.from_numpy(own).to(self._device)
                 self.values[place][index, chosen] = scored[i, chosen]
                 self.passes[place][index, own] = self._count
                 self.unknown[place][index, own] = False
+                if self._recorder is not None and routes is not None:
+                    self._recorder.add(place, index, own, routes[i])
             self._count += 1
         for _ in range(missing):
             score_batch(model, empty_batch(), self._device)
+
+    def _scored(self, model: torch.nn.Module, batch: PaddedBatch) -> tuple[torch.Tensor, Routes | None]:
+        if self._recorder is None:
+            return score_batch(model, batch, self._device), None
+        with recorded(model) as found:
+            scored = score_batch(model, batch, self._device)
+        return scored, as_routes(found, len(batch.rows))
+
+
+class RouteRecorder:
+    """The experts of the passes that scored the tokens, for the training passes.
+
+    Position p gets those of the pass that scored the next trainable token after p. Other positions stay FREE.
+    """
+
+    def __init__(self, batches: Sequence[PaddedBatch]) -> None:
+        self._next = [next_trainable(batch.mask) for batch in batches]
+        self.routes: RecordedRoutes = [None] * len(batches)
+
+    def add(self, place: int, index: int, scored: NDArray[np.intp], routes: Routes) -> None:
+        """Take those of a row of a pass.
+
+        scored: indexes of the tokens; routes: [length, layers, experts of a token].
+        """
+        following = self._next[place]
+        if (own := self.routes[place]) is None:
+            own = self.routes[place] = np.full((*following.shape, *routes.shape[1:]), FREE, dtype=np.int16)
+        positions = np.flatnonzero(np.isin(following[index], scored))
+        own[index, positions] = routes[positions]
+
+
+def next_trainable(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the index of the next trainable token after each position, the row's length if there is none.
+
+    mask: [rows, tokens]
+
+    >>> next_trainable(np.array([[False, True, False, True, False]])).tolist()
+    [[1, 3, 3, 5, 5]]
+    """
+    length = mask.shape[1]
+    own = np.where(mask, np.arange(length), length)
+    from_here = np.minimum.accumulate(own[:, ::-1], axis=1)[:, ::-1]
+    return np.concatenate([from_here[:, 1:], np.full((len(mask), 1), length)], axis=1)
 
 
 def _layout(
@@ -113,5 +166,6 @@ def cut_row(row: Row, wanted: NDArray[np.bool_]) -> Row:
         tokens=row.tokens[:stop],
         versions=np.where(wanted[:stop], row.versions[:stop], np.int32(UNTRAINABLE)),
         behavior=row.behavior[:stop],
+        routes=None if row.routes is None else row.routes[:stop],
         old=None,
     )

@@ -213,6 +213,7 @@ def route(
             packed=config.layout == "packed",
             at_once=score.width,
             durable=durable,
+            routes=ingest.reader.routes,
         )
 
     def left_out() -> Collection[str]:

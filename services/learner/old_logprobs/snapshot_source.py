@@ -42,12 +42,14 @@ class SnapshotSource:
         ranks: ProcessGroup | None = None,
         shadow: Callable[[], MovableModel] | None = None,
         adapter: Adapter | None = None,
+        record_routes: bool = False,
     ) -> None:
         """max_tokens: of a pass, padding included; loaded: called with each version that is loaded from the store;
         missing: policy for versions that the store does not hold; ranks: None if this process is alone;
-        shadow: builds the shadow at its first use, None: a copy of the model; adapter: of the model's versions."""
+        shadow: builds the shadow at its first use, None: a copy of the model; adapter: of the model's versions;
+        record_routes: whether to return the experts of the passes."""
         self._model, self._store, self._device, self._max_tokens = model, store, device, max_tokens
-        self._ranks = ranks
+        self._ranks, self._record_routes = ranks, record_routes
         self._shadow: MovableModel | None = None
         self._build = shadow or self._copy
         self._loaded, self._adapter = loaded, adapter
@@ -59,7 +61,14 @@ class SnapshotSource:
 
         Raises UserError if a snapshot is damaged, or if a version is missing and the policy is `fail`.
         """
-        scores = BatchScores(batches, self._device, max_tokens=self._max_tokens, fresh=fresh, ranks=self._ranks)
+        scores = BatchScores(
+            batches,
+            self._device,
+            max_tokens=self._max_tokens,
+            fresh=fresh,
+            ranks=self._ranks,
+            record_routes=self._record_routes,
+        )
         held = self._shadow.version if self._shadow else None
         present = versions_present([row for batch in batches for row in batch.rows])
         older = [version for version in present if version != now and any(own.any() for own in scores.of(version))]

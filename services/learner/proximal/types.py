@@ -7,7 +7,7 @@ another policy silently.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.batch.batching import PaddedBatch
+from palimpsest.services.learner.batch.batching import PaddedBatch, Routes
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,10 @@ TRAINING_PASS = -2
 """The forward pass of the training gives the value: its weights are those of the version trained at."""
 
 
+RecordedRoutes = list[Routes | None]
+"""For each micro-batch the experts of the passes that scored it; None: no pass scored it, or nothing was recorded."""
+
+
 @dataclass(frozen=True, slots=True)
 class Exact:
     """Old log-probs: each token scored with the version that sampled it."""
@@ -53,6 +57,8 @@ class Exact:
     """Tokens whose value is the current log-prob of the training pass. None: no token."""
     passes: Passes | None = None
     """The layout of the scoring. None: unknown."""
+    routes: RecordedRoutes | None = None
+    """None: nothing was recorded."""
 
     method: str = "exact"
 
@@ -105,6 +111,8 @@ class Patched:
     """See Exact."""
     passes: Passes | None = None
     """See Exact."""
+    routes: RecordedRoutes | None = None
+    """See Exact."""
 
     def anchor(self, place: int, current: Tensor, mask: Tensor) -> ProximalValues:
         """See Exact."""
@@ -124,6 +132,14 @@ def layout(proximal: Proximal, place: int) -> NDArray[np.int32] | None:
     """Return the passes that scored a micro-batch, [rows, tokens]; None if they are unknown."""
     passes = proximal.passes if isinstance(proximal, Exact | Patched) else None
     return None if passes is None else passes[place]
+
+
+def replay_routes(batches: list[PaddedBatch], proximal: Proximal) -> None:
+    """Give each micro-batch the routes that were recorded with its old log-probs."""
+    recorded = proximal.routes if isinstance(proximal, Exact | Patched) else None
+    for place, routes in enumerate(recorded or ()):
+        if routes is not None:
+            batches[place] = replace(batches[place], routes=routes)
 
 
 class Source(Protocol):

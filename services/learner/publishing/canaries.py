@@ -128,7 +128,7 @@ def window(row: Row, length: int) -> Row | None:
     versions[0] = UNTRAINABLE
     if not (versions != UNTRAINABLE).any():
         return None
-    return replace(row, tokens=row.tokens[part], versions=versions, behavior=row.behavior[part], old=None)
+    return replace(row, tokens=row.tokens[part], versions=versions, behavior=row.behavior[part], old=None, routes=None)
 
 
 def _positions(row: Row) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ def build_shards(config: RunConfig, ranks: ProcessGroup) -> Shards:
         logprob_chunk_tokens=learner.logprob_chunk_tokens,
         layout=learner.layout,
     )
-    model = files.build(holds=torch.float32, trains=True)
+    model = files.build(holds=torch.float32, trains=True, offload=learner.offload == "optimizer")
     if learner.activation_checkpointing:
         again = partial(checkpoint_activations, every=learner.activation_checkpointing_every)
         model(again)  # inside the root's call its passes can read all weights

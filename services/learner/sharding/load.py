@@ -52,8 +52,9 @@ class ModelFiles:
         self.names: dict[str, PartNames] = {}
         """The model's own name of each weight -> its names in the checkpoint; complete after the first `build`."""
 
-    def build(self, *, holds: torch.dtype, trains: bool) -> ShardedModel:
-        """Return the starting model. holds: type of the shards. trains: whether the weights get gradients.
+    def build(self, *, holds: torch.dtype, trains: bool, offload: bool = False) -> ShardedModel:
+        """Return the starting model. holds: type of the shards. trains: whether the weights get gradients. offload: the
+        shards stay in the host's memory.
 
         All ranks must call it. Raises UserError.
         """
@@ -69,8 +70,9 @@ class ModelFiles:
         for parameter in parameters.values():
             parameter.data = parameter.data.to(holds)
             parameter.requires_grad_(trains)
-        model = shard(causal.eval(), self._mesh, computes=COMPUTES)
-        _give_memory(model, self._device)
+        model = shard(causal.eval(), self._mesh, computes=COMPUTES, offload=offload)
+        model.computes_on = self._device
+        _give_memory(model, self._device, torch.device("cpu") if offload else self._device)
         self._read(model)
         setattr(causal, CHUNK_ATTRIBUTE, self._chunk)
         model(find_head)  # recognized in the model's own precision
@@ -132,18 +134,22 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _give_memory(model: ShardedModel, device: torch.device) -> None:
-    """Allocate the shards. Buffers keep their values, tied parameters stay one."""
+def _give_memory(model: ShardedModel, device: torch.device, home: torch.device) -> None:
+    """Allocate the shards at `home`. Buffers keep their values and go to `device`, tied parameters stay one."""
     buffers = [buffer.clone() for buffer in model.buffers()]
     tied: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 tied.setdefault(id(parameter), []).append((module, name))
-    model.to_empty(device=device)
+    model.to_empty(device=home)
     for (first, own), *others in tied.values():
         for module, name in others:
             module._parameters[name] = first._parameters[own]
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
     with torch.no_grad():
         for buffer, values in zip(model.buffers(), buffers, strict=True):
             buffer.copy_(values)

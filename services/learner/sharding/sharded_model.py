@@ -13,7 +13,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
 from palimpsest.common.user_error import UserError
@@ -27,6 +33,8 @@ class ShardedModel(torch.nn.Module):
     def __init__(self, causal: torch.nn.Module) -> None:
         super().__init__()
         self.causal = causal
+        self.computes_on = torch.device("cpu")
+        """Device of the passes. The shards may be in the host's memory."""
 
     def forward(self, function: Callable[[torch.nn.Module], T]) -> T:
         """Return `function(causal)`. All ranks must call it."""
@@ -59,17 +67,23 @@ def blocks_of(causal: torch.nn.Module) -> list[torch.nn.Module]:
     return blocks
 
 
-def shard(causal: torch.nn.Module, mesh: DeviceMesh, *, computes: torch.dtype) -> ShardedModel:
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Return the device of the model's passes."""
+    return model.computes_on if isinstance(model, ShardedModel) else next(model.parameters()).device
+
+
+def shard(causal: torch.nn.Module, mesh: DeviceMesh, *, computes: torch.dtype, offload: bool = False) -> ShardedModel:
     """Split the model over the mesh: over its only dimension, or over the second of (replicas, shards).
 
     computes: type of the weights in a pass. Gradients are summed over the ranks in float32, not averaged. Other tensors
-    keep their types.
+    keep their types. offload: the shards, their gradients and moments stay in the host's memory.
     """
     policy = MixedPrecisionPolicy(param_dtype=computes, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    place = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
     sharded = ShardedModel(causal)
     # The root frees its weights after a pass without gradient, too: they would survive an optimizer step after it.
     for module in (*blocks_of(causal), sharded):
-        whole: Any = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        whole: Any = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True, offload_policy=place)
         whole.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
         whole.set_gradient_divide_factor(1.0)
     root: Any = sharded

@@ -78,7 +78,12 @@ def _build_source(config: LearnerConfig, parts: _Parts, missed: MissingCounter) 
     proximal = config.proximal
     match proximal:
         case SnapshotProximal():
-            return _snapshot_source(parts, missing=proximal.missing, misses=missed)
+            return _snapshot_source(
+                parts,
+                missing=proximal.missing,
+                misses=missed,
+                record_routes=config.routing_replay == "learner",
+            )
         case ReplicaProximal():
             reason = MissingReason.NOT_SCORED
         case InterruptionProximal():
@@ -126,7 +131,11 @@ def _stored_weights(parts: _Parts, version: Version) -> list[torch.Tensor] | Non
 
 
 def _snapshot_source(
-    parts: _Parts, *, missing: MissingPolicy = "drop", misses: MissingCounter | None = None
+    parts: _Parts,
+    *,
+    missing: MissingPolicy = "drop",
+    misses: MissingCounter | None = None,
+    record_routes: bool = False,
 ) -> SnapshotSource:
     """Return a SnapshotSource. With the defaults, for an audit, it leaves out tokens of missing versions."""
     return SnapshotSource(
@@ -140,4 +149,5 @@ def _snapshot_source(
         ranks=parts.ranks,
         adapter=parts.adapter,
         shadow=None if parts.shards is None else partial(_sharded_shadow, parts.shards, parts.store),
+        record_routes=record_routes,
     )

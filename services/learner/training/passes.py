@@ -24,8 +24,10 @@ from palimpsest.services.learner.losses.types import Inputs
 from palimpsest.services.learner.model.device_batch import on_device
 from palimpsest.services.learner.model.failing_rows import failing_places, may_be_of_row, neutral
 from palimpsest.services.learner.model.policy import score_batch, score_batch_and_entropy
+from palimpsest.services.learner.model.routing import replayed
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.proximal.types import Interpolated, ProximalValues, layout
+from palimpsest.services.learner.sharding.sharded_model import device_of
 from palimpsest.services.learner.training.accumulators import MicroBatchPass, StepAccumulator
 from palimpsest.services.learner.training.min_variance_baseline import MinimumVarianceBaseline
 from palimpsest.services.learner.training.preparation import VersionInputs
@@ -61,7 +63,7 @@ class Passes:
     ) -> None:
         self._policy, self._state, self._ranks = policy, state, ranks
         self._config, self._objective, self._guard = config, objective, guard
-        self._device = next(policy.model.parameters()).device
+        self._device = device_of(policy.model)
 
     def run(self, version: VersionInputs, places: range, minibatch: Sequence[Row], sums: StepAccumulator) -> Passed:
         """Pass this rank's micro-batches of a minibatch. All ranks must call it.
@@ -272,7 +274,8 @@ class Passes:
             history=self._state.entropies.turns(self._config.loss.epo.history),
             phase=version.phase,
         )
-        loss.backward()  # type: ignore[no-untyped-call]
+        with replayed(self._policy.model, batch.routes):  # layers that are computed again choose the same experts
+            loss.backward()  # type: ignore[no-untyped-call]
         if prepared.reference and self._config.loss.kl.place == "loss":
             with torch.no_grad():
                 sums.divergence += float(self._objective.divergence(inputs, prepared.reference[place]).double().sum())

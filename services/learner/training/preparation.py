@@ -2,7 +2,7 @@
 values and the starting model's log-probs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ def prepare_batch(
     reference, values = [], []
     for batch in batches:
         if state.start is not None:
-            reference.append(score_batch(state.start, batch, device))
+            reference.append(score_batch(state.start, replace(batch, routes=None), device))
         if state.critic is not None:
             own = on_device(batch, device)
             values.append(state.critic.values(own.tokens, own.rows))

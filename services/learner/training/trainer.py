@@ -28,7 +28,8 @@ from palimpsest.services.learner.losses.vcpo import POWERS, ess, lr_factor, traj
 from palimpsest.services.learner.model.critic import critic_optimizer
 from palimpsest.services.learner.model.packing import packs_rows
 from palimpsest.services.learner.model.trainable import TrainablePolicy
-from palimpsest.services.learner.proximal.types import Proximal
+from palimpsest.services.learner.proximal.types import Proximal, replay_routes
+from palimpsest.services.learner.sharding.sharded_model import device_of
 from palimpsest.services.learner.timing import PhaseTimer
 from palimpsest.services.learner.training.accumulators import MicroBatchPass, StepAccumulator, TokenTotals
 from palimpsest.services.learner.training.host_memory import trim_heap
@@ -60,7 +61,7 @@ class Trainer:
         self._policy, self._state, self._ranks, self._config = policy, state, ranks, config
         self._length, self._seed = length, seed
         self._objective = Objective(config, length=length)
-        self._device = next(policy.model.parameters()).device
+        self._device = device_of(policy.model)
         self._guard = RowGuard(policy.model, self._device, active=not ranks.equal_passes)
         self._passes = self._make_passes()
 
@@ -97,6 +98,7 @@ class Trainer:
             prepared = self._guard.call(
                 lambda: prepare_batch(self._state, batches, self._config, self._ranks, self._device), batches
             )
+        replay_routes(batches, proximal)
         epo = self._config.loss.epo
         phase = 1.0 if isinstance(epo.phase, str) else phase_weight(now, epo.phase, epo.gamma)
         version = VersionInputs(batches, proximal, audit, prepared, phase)

@@ -2,6 +2,7 @@
 
 from palimpsest.common import run_folder
 from palimpsest.common.config.schema import RunConfig, ScriptedEngineConfig
+from palimpsest.common.routes import route_shape
 from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import Engine
@@ -17,7 +18,8 @@ def build_engine(config: RunConfig, dialogue: ChatRenderer, longest: int, adapte
     if isinstance(chosen, ScriptedEngineConfig):
         from palimpsest.services.rollout.engine.scripted import ScriptedEngine
 
-        return ScriptedEngine(chosen, encode=dialogue.encode)
+        shape = route_shape(config.model.path) if config.learner.routing_replay == "engine" else None
+        return ScriptedEngine(chosen, encode=dialogue.encode, routes=shape)
     from palimpsest.services.rollout.engine.vllm import VllmEngine
 
     return VllmEngine(
@@ -28,4 +30,5 @@ def build_engine(config: RunConfig, dialogue: ChatRenderer, longest: int, adapte
         seed=engine_seed(config.run.seed, config.rollout.worker),
         log=run_folder.engine_log_file(config.run.home, config.rollout.worker),
         adapter=adapter,
+        routes=config.learner.routing_replay == "engine",
     )

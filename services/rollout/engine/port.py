@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from palimpsest.common.snapshots.manifest import Manifest
 from palimpsest.common.versions import Version
 
@@ -29,6 +32,9 @@ class SampledTokens:
     """Cover the tokens exactly, in order."""
     stopped: bool
     """Whether the model ended its message, rather than a length limit."""
+    routes: "NDArray[np.uint8] | NDArray[np.uint16] | None" = None
+    """Experts of each position but the last, of prompt and message: [positions, layers, experts of a token]. None: not
+    asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
+import numpy as np
+
 from palimpsest.common import failpoints
 from palimpsest.common.config.schema import ScriptedEngineConfig
+from palimpsest.common.routes import RouteShape
 from palimpsest.common.snapshots.manifest import Manifest
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout.engine.port import EngineFailed, SampledTokens, Span, StoredWeights
@@ -20,8 +23,11 @@ from palimpsest.services.rollout.engine.port import EngineFailed, SampledTokens,
 class ScriptedEngine:
     """See port.py. `encode` converts a text to tokens."""
 
-    def __init__(self, config: ScriptedEngineConfig, *, encode: Callable[[str], list[int]]) -> None:
-        self._config, self._encode = config, encode
+    def __init__(
+        self, config: ScriptedEngineConfig, *, encode: Callable[[str], list[int]], routes: RouteShape | None = None
+    ) -> None:
+        """routes: sizes of the model whose experts it returns; None: it returns none."""
+        self._config, self._encode, self._routes = config, encode, routes
         self._loaded: Manifest | None = None
         self._running = asyncio.Event()
         self._running.set()
@@ -45,7 +51,10 @@ class ScriptedEngine:
         ending = list(stop[:1])
         script = (self._encode(text) + ending)[:max_tokens]
         message = self._live[request] = _Message(
-            tuple(script), tuple(-(1 + draw[i % len(draw)]) / 256 for i in range(len(script)))
+            tuple(script),
+            tuple(-(1 + draw[i % len(draw)]) / 256 for i in range(len(script))),
+            None if self._routes is None else _routes((*prompt, *script), self._routes),
+            len(prompt),
         )
         try:
             for _ in script:
@@ -103,13 +112,29 @@ class _Message:
 
     script: tuple[int, ...]
     logprobs: tuple[float, ...]
+    routes: "np.ndarray | None" = None
+    """Of prompt and message; see SampledTokens."""
+    prompt: int = 0
+    """Tokens of the prompt."""
     versions: list[Version] = field(default_factory=list)
     """Versions of the tokens sampled so far."""
 
     def to_sampled_tokens(self, *, stopped: bool) -> SampledTokens:
         """Return the tokens sampled so far."""
         length = len(self.versions)
-        return SampledTokens(self.script[:length], self.logprobs[:length], _spans(self.versions), stopped=stopped)
+        return SampledTokens(
+            self.script[:length],
+            self.logprobs[:length],
+            _spans(self.versions),
+            stopped=stopped,
+            routes=None if self.routes is None else self.routes[: self.prompt + length - 1],
+        )
+
+
+def _routes(tokens: Sequence[int], shape: RouteShape) -> "np.ndarray":
+    """Return experts that follow from each token alone: different ones for a token, in each layer."""
+    places = np.arange(shape.layers)[:, None] + np.arange(shape.of_token)
+    return ((np.array(tokens)[:, None, None] + places) % shape.experts).astype(shape.number)
 
 
 def _spans(versions: Sequence[Version]) -> tuple[Span, ...]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from palimpsest.common.config.schema import VllmEngineConfig
 from palimpsest.common.logs import logger
 from palimpsest.common.snapshots.adapter import Adapter
+from palimpsest.common.time_limits import limit_s
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.rollout.engine import amx, crash_report, vllm_lora
 from palimpsest.services.rollout.engine.logits_processors import refuse_logits_processors
@@ -23,7 +24,7 @@ from palimpsest.services.rollout.engine.port import (
     WrongWeights,
 )
 from palimpsest.services.rollout.engine.process_monitor import EngineMonitor
-from palimpsest.services.rollout.engine.vllm_outputs import to_sampled_tokens
+from palimpsest.services.rollout.engine.vllm_outputs import refuse_routes_of_cpu, to_sampled_tokens
 from palimpsest.services.rollout.engine.vllm_weight_transfer import NAME, WRONG_WEIGHTS
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TIME_LIMIT_S = 120.0
-"""Time limit of pause, load and resume each, in seconds; after it, the engine counts as dead."""
+"""Least time limit of pause, load and resume each, in seconds; after it, the engine counts as dead."""
 _EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 """Given as a class path. With the short name, the CPU build starts a second process that only busy-waits for the first:
 half the tokens a second, and a start that takes 20 s longer (docs/decisions/0003)."""
@@ -50,13 +51,15 @@ class VllmEngine:
         seed: int,
         log: Path,
         adapter: Adapter | None = None,
+        routes: bool = False,
     ) -> None:
-        """`log`: the crash log of the engine's processes. adapter: what the versions are; None: whole weights."""
+        """`log`: of crashes. adapter: what the versions are; None: whole weights. routes: whether to return experts."""
         self._adapter = adapter
         self._lora: Any = None
         """vLLM's request for the adapter; None before the first version, and without adapters."""
         self._config, self._model, self._log = config, model, log
         self._max_tokens, self._max_live, self._seed = max_tokens, max_live, seed
+        self._routes = routes
         self._amx: amx.Amx | None = None
         """How the CPU engine uses AMX; None: not started, or on a GPU."""
         self._llm: AsyncLLM | None = None
@@ -73,6 +76,8 @@ class VllmEngine:
     async def start(self) -> None:
         refuse_logits_processors()
         self._amx = _set_environment(self._config)
+        if self._routes and self._amx is not None:
+            refuse_routes_of_cpu()
         try:
             from vllm.config import WeightTransferConfig
             from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
@@ -98,6 +103,7 @@ class VllmEngine:
             weight_transfer_config=WeightTransferConfig(backend=NAME),
             disable_log_stats=True,
             seed=self._seed,
+            enable_return_routed_experts=self._routes,
             generation_config="vllm",  # ignore the model folder's sampling defaults (top_p, top_k)
             **machine,
             **({} if self._adapter is None else vllm_lora.engine_arguments(self._adapter)),
@@ -172,8 +178,10 @@ class VllmEngine:
         ]
         update = WeightTransferUpdateRequest(update_info={"path": str(weights.path), "tensors": entries})
         await self._run_step("start of the weight update", llm.start_weight_update())
-        await self._run_step("weight update", llm.update_weights(update))
-        await self._run_read_back("end of the weight update", llm.finish_weight_update(str(weights.manifest.version)))
+        size = sum(entry.size for entry in weights.manifest.tensors)
+        await self._run_step("weight update", llm.update_weights(update), size)
+        finish = llm.finish_weight_update(str(weights.manifest.version))
+        await self._run_read_back("end of the weight update", finish, size)
         await self._reset_caches()
 
     async def _load_adapter(self, weights: StoredWeights, adapter: Adapter) -> None:
@@ -186,10 +194,10 @@ class VllmEngine:
         self._lora = vllm_lora.request_for(folder)
         await self._reset_caches()
 
-    async def _run_read_back(self, what: str, step: Coroutine[Any, Any, Any]) -> None:
+    async def _run_read_back(self, what: str, step: Coroutine[Any, Any, Any], size: int = 0) -> None:
         """Run a step that compares the loaded weights. Raises WrongWeights if they differ."""
         try:
-            await self._run_step(what, step)
+            await self._run_step(what, step, size)
         except EngineFailed as error:
             _, marked, found = str(error).partition(WRONG_WEIGHTS)
             raise (WrongWeights(found) if marked else error) from None
@@ -260,16 +268,17 @@ class VllmEngine:
         for _ in range(1 + self._max_live // envs.VLLM_V1_OUTPUT_PROC_CHUNK_SIZE):
             await asyncio.sleep(0)
 
-    async def _run_step(self, what: str, step: Coroutine[Any, Any, T]) -> T:
-        """Return the step's result. Raises EngineDead if the engine dies or does not answer, else EngineFailed."""
+    async def _run_step(self, what: str, step: Coroutine[Any, Any, T], size: int = 0) -> T:
+        """Return the step's result; size: bytes of weights that it moves. Raises EngineDead, else EngineFailed."""
         assert self._watch is not None
+        limit = limit_s(TIME_LIMIT_S, size)
         answer, gone = asyncio.create_task(step), asyncio.create_task(self._watch.gone.wait())
         try:
-            await asyncio.wait({answer, gone}, timeout=TIME_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({answer, gone}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
                 return answer.result()
             if not gone.done():
-                self._watch.kill(f"{what}, {TIME_LIMIT_S:.0f} s")
+                self._watch.kill(f"{what}, {limit:.0f} s")
             raise await self._death_error()
         except (EngineFailed, EngineDead):
             raise

@@ -189,6 +189,21 @@ def test_each_option_that_keeps_weights_is_a_cause(keys: list[str], names: set[s
     assert set(json.loads(text)["learner"]["held"]) - usual == names
 
 
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_an_offloaded_optimizer_is_in_the_hosts_memory(sharding: str, run_file: Path) -> None:
+    words = [str(run_file), "--gpus=8x80", "--json", f"--learner.sharding={sharding}", "--local.learner_ranks=4"]
+    usual, offloaded = (
+        json.loads(run_command([*words, f"--learner.offload={where}"])[0])["learner"] for where in ("none", "optimizer")
+    )
+    moved = {"masters, float32", "gradients, float32", "moments of AdamW, float32"}
+    assert usual["host"] == {}
+    assert moved < set(offloaded["host"])
+    assert {name: usual["held"][name] for name in moved} == {name: offloaded["host"][name] for name in moved}
+    assert set(offloaded["held"]) == set(usual["held"]) - moved
+    assert "optimizer step" not in offloaded["moments"]
+    assert usual["peak_bytes"] - offloaded["peak_bytes"] == sum(usual["held"][name] for name in moved)
+
+
 def test_a_sharded_rank_holds_its_share_and_gathers_blocks(run_file: Path) -> None:
     text, _ = run_command(
         [str(run_file), "--gpus=8x80", "--json", "--learner.sharding=full", "--local.learner_ranks=4"]

@@ -103,12 +103,12 @@ async def assert_paused(engine: Limited) -> None:
 
 @asynccontextmanager
 async def worker_mid_message(
-    place: Place, tokens: int = 5, *, bus: SqliteBus | None = None
+    place: Place, tokens: int = 5, *, bus: SqliteBus | None = None, hold_s: float | None = None
 ) -> AsyncIterator[tuple[Working, Limited]]:
     """A worker whose engine waits after this many tokens of version 0 in the only trajectory."""
     offer(place.bus, 0, samples=1)
     announce(place.bus, 0)
     engine = Limited(place, tokens)
-    async with working(place, engine=engine, bus=bus) as running:
+    async with working(place, engine=engine, bus=bus, hold_s=hold_s) as running:
         await running.until(lambda: len(engine.sampled) == tokens)
         yield running, engine

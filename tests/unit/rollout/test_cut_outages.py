@@ -26,12 +26,9 @@ from tests.unit.rollout.working import (
 )
 
 
-async def test_a_worker_resumes_and_reports_it_when_the_cut_does_not_end_in_time(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cut_responder, "HOLD_LIMIT_S", 0.0)
+async def test_a_worker_resumes_and_reports_it_when_the_cut_does_not_end_in_time(place: Place) -> None:
     before = instruments.HOLDS_GIVEN_UP._value.get()
-    async with worker_mid_message(place) as (running, engine):
+    async with worker_mid_message(place, hold_s=0.0) as (running, engine):
         request(place.bus, 1, 0)
         await running.until(lambda: len(reached(place.bus)) == 1)
         engine.allow(1000)

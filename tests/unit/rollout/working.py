@@ -192,7 +192,7 @@ async def turns(count: int = 200) -> None:
 @asynccontextmanager
 async def working(
     place: Place, *, engine: GatedEngine | None = None, bus: SqliteBus | None = None, name: str = "worker-0",
-    max_live: int = 8, control: ControlCheck | None = None,
+    max_live: int = 8, control: ControlCheck | None = None, hold_s: float | None = None,
 ) -> AsyncIterator[Working]:  # fmt: skip
     """Run a worker inside the block; it is killed at the end of the block if it has not stopped."""
     engine, bus = engine or GatedEngine(place.dialogue), bus or place.bus
@@ -210,6 +210,7 @@ async def working(
         worker = Worker(
             run=RUN, name=name, bus=bus, sampler=sampler, weights=weights, max_live=max_live, limit=limit,
             samples=MOST_SAMPLES, evaluation_samples=2, versions=VERSIONS, control=control or ControlCheck(place.store),
+            hold_s=hold_s,
         )  # fmt: skip
         ending = asyncio.create_task(worker.work())
         try:

@@ -1,5 +1,6 @@
 """`palimpsest rescore` repeats every pass of the learner bit for bit, and finds values of other weights."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.versions import Version
 from palimpsest.rescore import Lacking, Models, rescore
-from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.batch.batching import FREE, Row
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.policy import load_model
 from palimpsest.services.learner.model.trainable import TrainablePolicy
@@ -25,6 +26,7 @@ from palimpsest.services.learner.old_logprobs.snapshot_source import SnapshotSou
 from palimpsest.services.learner.proximal.types import Source
 from palimpsest.services.learner.training.results import StepResult
 from palimpsest.services.learner.training.trainer import Trainer
+from tests.learner_parts.families import build
 from tests.learner_parts.models import CPU, canaries, load, logprobs, perturb, train
 from tests.records.builders import UNCORRECTED, a_learner, a_row
 
@@ -40,7 +42,9 @@ class Recorded:
         for version in range(NOW + 1):
             perturb(policy, by=0.03, seed=version)
             store.put("test", Version(version), raw_tensors(named_weights(policy)), canaries(policy), writer=1)
-        source: Source = SnapshotSource(policy, store, CPU, max_tokens=60, loaded=lambda _: None)
+        source: Source = SnapshotSource(
+            policy, store, CPU, max_tokens=60, loaded=lambda _: None, record_routes=kind == "routes"
+        )
         if kind == "precomputed":
             source = PrecomputedSource(
                 policy, CPU, max_tokens=60, missing="fail", why=MissingReason.TOO_LATE, misses=MissingCounter()
@@ -71,6 +75,20 @@ class Recorded:
             arrived = (row.versions >= 0) & (row.versions < NOW)
             rows.append(replace(row, old=np.where(arrived, plain, np.nan)) if kind == "precomputed" else row)
         return rows
+
+
+def test_replayed_routes_are_repeated_bit_for_bit(
+    tmp_path: Path, store: SnapshotClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training passes replay the experts of older versions; without these the values differ."""
+    run = Recorded(tmp_path, build("Qwen3-MoE", tmp_path / "model"), store, "routes")
+    replayed = [one.batch.routes for one in run.trained.micro_batches if one.batch.routes is not None]
+    assert any((routes == FREE).any() and (routes != FREE).any() for routes in replayed)
+    rows = [row for minibatch in run.minibatches for row in minibatch]
+    assert run.rescored()["same_layout_tokens"] == sum(row.trainable for row in rows)
+    assert run.rescored()["same_layout_unequal"] == 0
+    monkeypatch.setattr("palimpsest.rescore.given_experts", lambda *_: nullcontext())
+    assert run.rescored()["same_layout_unequal"] > 0
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
