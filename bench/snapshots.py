@@ -17,8 +17,8 @@ between delta and base, and none is removed: all versions count.
     bytes_per_changed_weight  bytes of the deltas / bf16 weights that changed
     resident_ratio_to_ewma    bytes of the tensors that live once the shadow copy has moved / once EWMA has scored;
                               `_bf16_average`: against an average in bf16 that is itself the copy
-    hop_speedup               wall time to load a version as built / of one hop, both with all digests; the hop also
-                              downloads from the store, the load does not; `_processor`: of processor time
+    hop_speedup               wall time to load a version as built / of one hop, with all digests, from bytes in memory;
+                              `_with_download`: of a hop that also downloads; `_processor`: of processor time
     raw_map                   copying a version from a raw memory map into the model, without a digest
     encode_mb_per_s_core      raw bytes of the versions stored as deltas / processor seconds of their encoding, digests
                               included
@@ -49,6 +49,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from bench.publish_stall import publish_stall
 from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.common.service import Server
+from palimpsest.common.snapshots.ahead import FetchAhead
 from palimpsest.common.snapshots.chain import ChainCost
 from palimpsest.common.snapshots.client import ParentWeights, RawTensor, SnapshotClient
 from palimpsest.common.snapshots.codec import decode_base, encode_base
@@ -86,6 +87,7 @@ def main(words: Sequence[str]) -> dict[str, Any]:
         "stored_ratio",
         "bytes_per_changed_weight",
         "hop_speedup",
+        "hop_speedup_with_download",
         "hop_speedup_processor",
         "encode_mb_per_s_core",
         "publish_stall_share",
@@ -143,7 +145,8 @@ def _case(rate: float, options: argparse.Namespace) -> dict[str, Any]:
             if version:
                 steps.append(trained - began)
                 publishes.append(published_s)
-        hops = versions.hops(_model(options))
+        with_download = versions.hops(_model(options), ahead=False)
+        hops = versions.hops(_model(options), ahead=True)
         resident = versions.resident(model, policy)
         stall = publish_stall(passes, lambda: policy.step(), lambda: _copied(model), versions.store_next)
     raw = versions.raw_bytes
@@ -167,6 +170,8 @@ def _case(rate: float, options: argparse.Namespace) -> dict[str, Any]:
         "load_as_built": as_built["load"],
         "raw_map": as_built["raw_map"],
         "hop_speedup": round(as_built["load"]["wall_s"] / hop["wall_s"], 2),
+        "hop_with_download": (slow := _medians(with_download)),
+        "hop_speedup_with_download": round(as_built["load"]["wall_s"] / slow["wall_s"], 2),
         "hop_speedup_processor": round(as_built["load"]["processor_s"] / hop["processor_s"], 2),
         "resident_ratio_to_ewma": round(resident["shadow"] / resident["ewma"], 3),
         "resident_ratio_to_bf16_average": round(resident["shadow"] / resident["bf16_average"], 3),
@@ -273,11 +278,15 @@ class _Published:
         del average
         return found
 
-    def hops(self, model: torch.nn.Module) -> list[tuple[float, float]]:
-        """Wall and processor seconds of hops back from the newest version; each verifies all digests."""
-        walker, seconds = Walker(self._store, EditableModel(model)), []
+    def hops(self, model: torch.nn.Module, *, ahead: bool) -> list[tuple[float, float]]:
+        """Wall and processor seconds of hops back from the newest version. ahead: without the download of the delta."""
+        source = FetchAhead(self._store)
+        walker, seconds = Walker(source, EditableModel(model)), []
         walker.move(self._newest)
         for version in range(self._newest - 1, max(-1, self._newest - 1 - HOPS), -1):
+            if ahead:
+                source.begin(Version(version + 1), Version(version))
+                source.wait()
             began = _now()
             walker.move(Version(version))
             seconds.append(_since(began))
