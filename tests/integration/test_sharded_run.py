@@ -24,9 +24,7 @@ KEPT = ("--learner.sharding=full", "--learner.record=true", "--learner.checkpoin
 PACKED = ("--learner.layout=packed", "--model.attention=sdpa", "--learner.activation_checkpointing=true")
 
 
-def test_a_sharded_run_with_packed_rows_survives_a_rank_and_continues_on_one_rank(
-    tmp_path: Path, starting_model: Path
-) -> None:
+def test_a_sharded_run_survives_a_rank_and_continues_on_one_rank(tmp_path: Path, starting_model: Path) -> None:
     toml, home = scripted(tmp_path, starting_model, versions=5), tmp_path / "scripted"
     run = RunProcess(toml, "--local.learner_ranks=2", *KEPT, *PACKED)
     try:
