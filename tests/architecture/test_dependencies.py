@@ -31,8 +31,12 @@ OUR_MODULES = {"palimpsest", "bench", "tools", "tests"}
 PART_OF_PYDANTIC = "pydantic_core"
 """Each release of pydantic requires exactly one version of it."""
 
-OF_OTHER_ENVIRONMENTS = {"openreward", "openenv", "fastmcp", "gymnasium", "mlflow", "nemo_gym"}
-"""Modules of tests/contract/adapters and tests/processes/track.py, whose programs run in environments of their own."""
+OF_OTHER_ENVIRONMENTS = {
+    "openreward", "openenv", "fastmcp", "gymnasium", "mlflow", "nemo_gym", "textarena", "verifiers",
+    "trl", "datasets",
+}  # fmt: skip
+"""Modules of programs that run in environments of their own: of tests/contract/adapters, tests/processes/track.py,
+bench/gateway and bench/peers."""
 
 NUMERIC = {"torch", "transformers"}
 """Packages that compute log-probs: a minor release may change the values."""
