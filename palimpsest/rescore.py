@@ -243,14 +243,10 @@ def rescore(records: Path, models: Models, every: int = 1, *, engine: bool = Fal
                     length, chosen = batch["lengths"][row], own[row]
                     single = np.zeros(len(chosen), np.float32)
                     only = batch["tokens"][row : row + 1, :length]
-                    single[:length] = score(
-                        models(version), only, batch["temperatures"][[row]], [int(length)] if models.packed else None
-                    )[0]
                     routes = batch["routes"][[row], :length] if engine else None
+                    of_row = [int(length)] if models.packed else None
                     with given_experts(models(version), routes):
-                        single[:length] = score(
-                            models(version), batch["tokens"][row : row + 1, :length], batch["temperatures"][[row]]
-                        )[0]
+                        single[:length] = score(models(version), only, batch["temperatures"][[row]], of_row)[0]
                     alone.append(np.abs(single[chosen] - batch["proximal"][row][chosen]))
                     staleness = int(batch["now"]) - version
                     behavior = batch["behavior"][row][chosen]
