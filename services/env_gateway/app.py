@@ -13,7 +13,6 @@ DELETE  /v1/sessions/{id}
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
 from fastapi import FastAPI, Request
@@ -41,10 +40,9 @@ from palimpsest.common.sessions.wire import (
 )
 from palimpsest.services.env_gateway import raw_routes
 from palimpsest.services.env_gateway.batches import take_all
+from palimpsest.services.env_gateway.session_lifespan import session_lifespan
 
 W = TypeVar("W", bound=Wire)
-SWEEP_S = 1.0
-"""Interval between checks for expired leases, in seconds."""
 RULES = (
     AccessRule("GET", "/v1/envs", (Role.VIEW,)),
     AccessRule("DELETE", "/v1/sessions/", (Role.SERVICE, Role.OPERATE)),
@@ -67,23 +65,16 @@ def create_app(
     """
     draining = asyncio.Event()
 
-    @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        sweeping = asyncio.create_task(_sweep(sessions, draining, on_drained))
-        yield
-        sweeping.cancel()
-        with suppress(asyncio.CancelledError):
-            await sweeping
-        sessions.drain()
-        if on_exit is not None:
-            await on_exit()
+    def end_drain() -> None:
+        if draining.is_set() and not sessions.live:
+            on_drained()
 
     app = application(
         "env_gateway",
         registry=REGISTRY,
         ready=lambda: "stopping" if sessions.draining else None,
         status=sessions.status,
-        lifespan=lifespan,
+        lifespan=session_lifespan(sessions, after_sweep=end_drain, on_exit=on_exit),
         access=access,
         rules=(*RULES, *drain.RULES, *log_level.RULES),
         body_limits={"/v1/sessions": request_limit_bytes, "/v1/steps": request_limit_bytes},
@@ -172,14 +163,6 @@ def _add_session_routes(app: FastAPI, sessions: Sessions) -> None:
     async def close(session_id: str) -> None:
         """End the session at once, even during a step; no effect if it has ended."""
         sessions.close(session_id)
-
-
-async def _sweep(sessions: Sessions, draining: asyncio.Event, on_drained: Callable[[], None]) -> None:
-    while True:
-        await asyncio.sleep(SWEEP_S)
-        sessions.sweep()
-        if draining.is_set() and not sessions.live:
-            on_drained()
 
 
 def _parsed(expected: type[W], body: bytes) -> W:

@@ -1,8 +1,6 @@
 """The application of a served environment."""
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
 from typing import Literal, Protocol
 
 from fastapi import FastAPI
@@ -16,9 +14,8 @@ from palimpsest.services.env_gateway.serving.mcp_shape import McpShape
 from palimpsest.services.env_gateway.serving.openenv_shape import OpenEnvShape
 from palimpsest.services.env_gateway.serving.ors_shape import OrsShape
 from palimpsest.services.env_gateway.serving.served_session import ServedSession, Tool
+from palimpsest.services.env_gateway.session_lifespan import session_lifespan
 
-SWEEP_S = 1.0
-"""Interval between checks for expired leases, in seconds."""
 MAX_BYTES = 2**20
 """Maximum size of a request or a message."""
 Kind = Literal["openenv", "mcp", "ors"]
@@ -69,32 +66,14 @@ def served(
 ) -> FastAPI:
     """Return the application. It expires sessions while it runs, and ends all before `on_exit`."""
 
-    @asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        sweeping = asyncio.create_task(_sweep(served_as, sessions))
-        yield
-        sweeping.cancel()
-        with suppress(asyncio.CancelledError):
-            await sweeping
-        sessions.drain()
-        if on_exit is not None:
-            await on_exit()
-
     app = application(
         "env_serve",
         registry=REGISTRY,
         ready=lambda: "stopping" if sessions.draining else None,
         status=sessions.status,
-        lifespan=lifespan,
+        lifespan=session_lifespan(sessions, after_sweep=served_as.sweep, on_exit=on_exit),
         access=access,
         body_limits={"/": MAX_BYTES},
     )
     served_as.add_routes(app)
     return app
-
-
-async def _sweep(served_as: Shape, sessions: Sessions) -> None:
-    while True:
-        await asyncio.sleep(SWEEP_S)
-        sessions.sweep()
-        served_as.sweep()

@@ -42,7 +42,7 @@ def assert_error(reply: httpx.Response, status: int, code: str, *, retryable: bo
 
 
 async def test_a_gateway_that_a_person_drains_ends_after_its_last_session(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("palimpsest.services.env_gateway.app.SWEEP_S", 0.001)
+    monkeypatch.setattr("palimpsest.services.env_gateway.session_lifespan.SWEEP_S", 0.001)
     drained = asyncio.Event()
     async with gateway(on_drained=drained.set) as client:
         session = f"/v1/sessions/{(await client.post('/v1/sessions', json=WANTED)).json()['session_id']}"
