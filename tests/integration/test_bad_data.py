@@ -230,7 +230,7 @@ def test_an_environment_that_always_fails_ends_the_run(start: Start, tmp_path: P
     )
     refused(
         run, 3, "learner: ", "trajectories in a row were dropped and none arrived: {'environment_failed': ",
-        "Fix the cause and continue with --resume",
+        "Fix the cause, and continue with --resume",
     )  # fmt: skip
     assert history(home) == []
     summary = json.loads((home / "summary.json").read_text())

@@ -172,6 +172,8 @@ class ReplicaWorker:
             self._end.observe(message)
             if isinstance(message, VersionPublished):
                 self.newest = max(self.newest, message.version)
+                if not history:
+                    self._resident.expect(message.version)
             if isinstance(message, ControlChanged):
                 self._changes = self._changes.after(message)
                 self._bound = StalenessBound(self._first_bound, self._changes.bounds)

@@ -22,6 +22,7 @@ from palimpsest.common.messages import (
     encode,
     group_id,
 )
+from palimpsest.common.snapshots.ahead import FetchAhead
 from palimpsest.common.snapshots.writer import Writer
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
@@ -139,6 +140,17 @@ def test_each_version_is_loaded_once_for_all_queued_rows(setup: Setup) -> None:
     with RunningReplica(setup) as running:
         eventually(lambda: len(setup.scores()) == 36)
         assert running.replica.status()["loads"] == 3
+
+
+def test_an_announced_version_is_fetched_ahead(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[tuple[int, int]] = []
+    monkeypatch.setattr(FetchAhead, "begin", lambda self, held, target: begun.append((held, target)))
+    setup.trajectories(finished(0, 0, MIXED))
+    with RunningReplica(setup):
+        eventually(lambda: len(setup.scores()) == 3)
+        assert begun == [], "the versions on the log were announced before the replica started"
+        setup.bus.publish(CONTROL, [Outgoing("test", encode(setup.announcement))])
+        eventually(lambda: begun == [(2, 2)])
 
 
 def test_requested_scores_are_computed_again(setup: Setup) -> None:
