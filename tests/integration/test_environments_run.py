@@ -55,6 +55,7 @@ MAY_BE_EMPTY = {
     ("Held-out tasks", "pass@k {{environment}}"): "no evaluation",
     ("Evaluations", "{{end}} per second"): "no evaluation",
     ("Ends in the workers", "{{code}}"): "no fault",
+    ("Sessions per second", "{{environment}} limit: {{limit}}"): "no session at a limit",
     ("Messages of agent programs per second", "{{place}}"): "no agent program",
     ("Dead letters", "learner, {{cause}}"): "no fault",
     ("Dead letters", "worker, {{cause}}"): "no fault",
