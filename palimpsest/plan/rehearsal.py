@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.common.config.lora import LoraConfig
@@ -164,10 +164,33 @@ def _model(path: str, shape: PassShape) -> torch.nn.Module:
 
     config = AutoConfig.from_pretrained(path)
     kind = "eager" if shape.attention == "eager" else FUSED
-    model: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=kind)
-    if shape.lora.rank:
+
+    def built() -> torch.nn.Module:
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation=kind
+        )
+        return model
+
+    if not shape.lora.rank:
+        return built().eval()
+    with unset_fake_temporarily(), torch.device("meta"):  # peft converts its tensors, and fake ones cannot be
+        model = built()
         add_adapter(model, shape.lora)
+    _materialize(model)
     return model.eval()
+
+
+def _materialize(model: torch.nn.Module) -> None:
+    """Replace the tensors of the device meta by empty ones, floating-point parameters in bf16. Tied ones stay tied."""
+    made: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            if id(tensor) not in made:
+                empty = torch.empty(tensor.shape, dtype=torch.bfloat16)
+                made[id(tensor)] = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad)
+            setattr(module, name, made[id(tensor)])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _rehearse(model: torch.nn.Module, shape: PassShape) -> Rehearsed:

@@ -47,6 +47,8 @@ IDENTITY = (
     "learner.advantages",
     "learner.vcpo",
     "learner.optimizer",
+    "learner.lora",
+    "learner.routing_replay",
 )
 """Model, data, formulas, and the place of the log."""
 CHANGEABLE = (
@@ -110,6 +112,9 @@ CHANGEABLE = (
     "env_gateway.request_limit_bytes",
     "env_gateway.result_limit_bytes",
     "env_gateway.max_processes",
+    "env_gateway.session_turns",
+    "env_gateway.session_calls",
+    "env_gateway.session_output_bytes",
     "env_gateway.child_memory_mib",
     "env_gateway.child_processes",
     "env_gateway.child_files",
@@ -123,6 +128,7 @@ CHANGEABLE = (
     "learner.versions",
     "learner.admission",
     "learner.max_overtaking",
+    "learner.proximal.hold_s",
     "learner.proximal.wait_s",
     "learner.proximal.deadline_s",
     "learner.proximal.missing",
@@ -136,6 +142,7 @@ CHANGEABLE = (
     "learner.micro_batch_tokens",
     "learner.logprob_chunk_tokens",
     "learner.layout",
+    "learner.offload",
     "learner.activation_checkpointing",
     "learner.activation_checkpointing_every",
     "learner.sharding",

@@ -111,7 +111,7 @@ def test_a_command_runs(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
             raise AssertionError("this test has no rule for the command; add one")
     monkeypatch.chdir(ROOT)
     with_check = module == "palimpsest" and arguments[:1] in (["run"], ["check"])
-    helped = module in ("bench", "tests.durations", "tests.fuzz", "tools.pictures") or (
+    helped = module in ("bench", "tests.durations", "tests.families.routing", "tests.fuzz", "tools.pictures") or (
         module == "palimpsest" and not with_check
     )
     done = run_program(module, *arguments, "--help" if helped else "--check")

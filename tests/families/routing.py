@@ -8,9 +8,9 @@ learner scores the same tokens with the same weights. Prints a line of JSON for 
 maximum of |engine - learner| in nats, and the share of positions with other experts by layer.
 """
 
+import argparse
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -141,5 +141,9 @@ def _noted(engine: Any) -> Iterator[dict[int, list[torch.Tensor]]]:
 
 if __name__ == "__main__":
     os.environ.update(ENVIRONMENT)
-    for named in sys.argv[1:] or ["Qwen3-MoE"]:
+    options = argparse.ArgumentParser(prog="python -m tests.families.routing", description=__doc__)
+    options.add_argument(
+        "families", nargs="*", default=["Qwen3-MoE"], help="families of tests/learner_parts/families.py"
+    )
+    for named in options.parse_args().families:
         print(json.dumps(measure(named)), flush=True)

@@ -110,7 +110,7 @@ def test_a_checkpoint_of_another_base_model_is_not_continued(store: SnapshotClie
     learner.save(4)
     assert learner.checkpoints.newest()[0].adapter == one
     assert Learner(store, folder, adapter=one).found == 4
-    with pytest.raises(UserError, match=r"checkpoint 00000004-00000001 of this run belongs to another base model"):
+    with pytest.raises(UserError, match=r"checkpoint 00000004-00000002 of this run belongs to another base model"):
         Learner(store, folder, adapter=other)
     with pytest.raises(UserError, match="holds an adapter of rank 4"):
         Learner(store, folder)
