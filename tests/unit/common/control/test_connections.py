@@ -46,6 +46,12 @@ def connect(server: Server) -> socket.socket:
     return socket.create_connection((HOST, server.port), timeout=GENEROUS_S)
 
 
+def descriptors(server: Server) -> int:
+    """Number of file descriptors of this process that belong to connections of this server, at the server's end."""
+    ends = psutil.Process().net_connections("tcp")
+    return sum(end.laddr.port == server.port and end.status != psutil.CONN_LISTEN for end in ends)
+
+
 @pytest.mark.parametrize("sent", [b"", b"GET /healthz HTTP/1.1\r\nHost: lo", REQUEST[:-2]])
 def test_a_half_open_connection_is_closed_after_the_limit(impatient: Server, sent: bytes) -> None:
     with connect(impatient) as connection:
@@ -78,14 +84,14 @@ def test_headers_without_an_end_are_refused_at_the_limit() -> None:
 
 def test_the_file_descriptors_of_half_open_connections_come_back() -> None:
     """Each connection holds one; at the limit of the process no request would be answered any more."""
-    this = psutil.Process()
+    with serving(RequestLimits(header_s=GENEROUS_S)) as patient, connect(patient):
+        until(lambda: descriptors(patient) == 1)
     with serving(RequestLimits(header_s=0.5)) as server, ExitStack() as stack:
-        before = this.num_fds()
         held = [stack.enter_context(connect(server)) for _ in range(HALF_OPEN)]
         for connection in held:
             connection.sendall(REQUEST[:-2])
         assert all(received(connection) == b"" for connection in held)
-        until(lambda: this.num_fds() <= before + len(held))  # the ends of this test are still open
+        until(lambda: descriptors(server) == 0)
         with connect(server) as connection:
             connection.sendall(REQUEST)
             assert connection.recv(65536).startswith(b"HTTP/1.1 200")
