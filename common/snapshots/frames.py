@@ -18,8 +18,8 @@ from palimpsest.common.snapshots.manifest import ITEMSIZE, Damaged, Manifest, Te
 from palimpsest.common.snapshots.slices import SLICE_BYTES, Slice, apply_slice, slices_in
 
 THREADS = os.cpu_count() or 1
-AHEAD = 4
-"""Tensors that each thread may have waiting to be patched. They bound the memory."""
+VERIFIED_BYTES = 8 << 20
+"""Bytes of small tensors whose digests a thread computes at once: a few milliseconds of work."""
 Editing = Callable[[TensorEntry], AbstractContextManager[Bytes]]
 """Opens a tensor for changes: its bytes [size] uint8, writable, which count once the context ends."""
 
@@ -63,27 +63,38 @@ def patch(
 
     chunks: the bytes of its object, already compared with the object's digest. held: the numbers that `editing` opens;
     None: those of whole tensors. arriving: compare each patched tensor, which must be whole, with its digest in this
-    manifest, while its bytes are still in the processor's cache. Tensors, and the slices of a large one, run in
-    parallel; `editing` is called from the threads of the pool too. Raises Damaged; the tensors then may hold the bytes
-    of no version.
+    manifest. The slices of a large tensor run in parallel. Small tensors are patched in this thread while the pool
+    computes the digests of those before: patching one takes so many short steps that threads would only wait for
+    Python's lock. Raises Damaged; the tensors then may hold the bytes of no version.
     """
     digests = {entry.name: entry for entry in arriving.tensors} if arriving is not None else {}
     if arriving is not None and digests.keys() != {entry.name for entry in manifest.tensors}:
         raise Damaged(f"version {arriving.version} has other tensors than version {manifest.version}, its neighbor")
     pending: deque[Future[None]] = deque()
+    patched: list[tuple[_Patch, Bytes]] = []
     try:
         for entry, frame in _split(chunks, manifest):
             job = _Patch(manifest, entry, frame, editing, back, held, digests.get(entry.name), arriving)
             if entry.size > SLICE_BYTES:
                 job.run(pool)
-            else:
-                pending.append(pool.submit(job.run))
-            while len(pending) > AHEAD * THREADS:
+            elif (raw := job.run()) is not None:
+                patched.append((job, raw))
+            if sum(len(raw) for _, raw in patched) >= VERIFIED_BYTES:
+                pending.append(pool.submit(_verify_all, patched))
+                patched = []
+            while len(pending) > THREADS:
                 pending.popleft().result()
+        half = len(patched) // 2
+        pending += [pool.submit(_verify_all, part) for part in (patched[:half], patched[half:])]
     finally:
         wait(pending)
     for done in pending:
         done.result()
+
+
+def _verify_all(patched: "list[tuple[_Patch, Bytes]]") -> None:
+    for job, raw in patched:
+        job.verify(raw)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +110,10 @@ class _Patch:
     arrived: TensorEntry | None
     arriving: Manifest | None
 
-    def run(self, pool: Executor | None = None) -> None:
-        """Apply the slices, on the pool or in this thread. Raises Damaged."""
+    def run(self, pool: Executor | None = None) -> Bytes | None:
+        """Apply the slices. On the pool: verify the tensor, too. In this thread: return the bytes to verify, if there
+        is a digest for them. Raises Damaged.
+        """
         itemsize = ITEMSIZE[self.entry.dtype]
         begin, end = (0, self.entry.size // itemsize) if self.held is None else self.held(self.entry)
         with self.editing(self.entry) as raw:
@@ -117,8 +130,15 @@ class _Patch:
                     pass
             except ValueError as error:
                 raise Damaged(f"version {self.manifest.version}, tensor {self.entry.name}: {error}") from error
-            if self.arrived is not None and self.arriving is not None:
-                verify(self.arrived, raw, self.arriving)
+            if pool is not None:
+                self.verify(raw)
+                return None
+        return raw if self.arrived is not None else None
+
+    def verify(self, raw: Bytes) -> None:
+        """Raise Damaged unless these are the bytes of the tensor in the version that arrives."""
+        if self.arrived is not None and self.arriving is not None:
+            verify(self.arrived, raw, self.arriving)
 
 
 class _SameThread:
