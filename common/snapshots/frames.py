@@ -72,6 +72,7 @@ def patch(
         raise Damaged(f"version {arriving.version} has other tensors than version {manifest.version}, its neighbor")
     pending: deque[Future[None]] = deque()
     patched: list[tuple[_Patch, Bytes]] = []
+    unverified = 0
     try:
         for entry, frame in _split(chunks, manifest):
             job = _Patch(manifest, entry, frame, editing, back, held, digests.get(entry.name), arriving)
@@ -79,9 +80,10 @@ def patch(
                 job.run(pool)
             elif (raw := job.run()) is not None:
                 patched.append((job, raw))
-            if sum(len(raw) for _, raw in patched) >= VERIFIED_BYTES:
+                unverified += len(raw)
+            if unverified >= VERIFIED_BYTES:
                 pending.append(pool.submit(_verify_all, patched))
-                patched = []
+                patched, unverified = [], 0
             while len(pending) > THREADS:
                 pending.popleft().result()
         half = len(patched) // 2
