@@ -91,7 +91,15 @@ def test_checking_a_run_loads_no_heavy_library(service: str) -> None:
             {"services/learner/distributed.py", "services/learner/torchrun.py"}
             | {
                 f"services/learner/sharding/{name}.py"
-                for name in ("build", "load", "local_shards", "shard_files", "sharded_model", "sharded_policy")
+                for name in (
+                    "build",
+                    "load",
+                    "local_shards",
+                    "pass_errors",
+                    "shard_files",
+                    "sharded_model",
+                    "sharded_policy",
+                )
             },
         ),
         ("uvicorn", {"common/service.py", "common/control/connections.py"}),

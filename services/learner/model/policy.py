@@ -193,12 +193,10 @@ def _score(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (0 unless `entropy`), [rows, length]."""
     if isinstance(model, ShardedModel):
-        model.keep_whole(until_backward=torch.is_grad_enabled())
-        sharded: tuple[Tensor, Tensor] = model(
-            lambda causal: _score(causal, tokens, temperatures, wanted, rows, entropy=entropy)
+        return model.score(
+            lambda causal: _score(causal, tokens, temperatures, wanted, rows, entropy=entropy),
+            failed=lambda: (torch.zeros_like(temperatures * tokens), torch.zeros_like(temperatures * tokens)),
         )
-        model.keep_whole(until_backward=False)
-        return sharded
     chunk: int = getattr(model, CHUNK_ATTRIBUTE, LOGPROB_CHUNK_TOKENS)
     positions = _positions(tokens, temperatures, wanted)
     arguments: dict[str, Any] = {"input_ids": tokens}

@@ -12,9 +12,10 @@ import torch
 from palimpsest.common.arrays import Float32Array
 from palimpsest.services.learner.batch.batching import PaddedBatch, empty_batch
 from palimpsest.services.learner.distributed import NOTHING, ProcessGroup
-from palimpsest.services.learner.model.failing_rows import tolerant
+from palimpsest.services.learner.model.failing_rows import may_be_of_row, tolerant
 from palimpsest.services.learner.model.policy import score_batch
 from palimpsest.services.learner.sharding.shared_work import Shards, SharedWork
+from palimpsest.services.learner.sharding.turns import Turns
 
 Pass = Callable[[PaddedBatch], Float32Array]
 """Log-prob of every token under the resident weights, [rows, tokens] float32, nats."""
@@ -78,7 +79,22 @@ def _share(ranks: ProcessGroup, batches: Sequence[PaddedBatch], forward: Pass) -
     if not ranks.equal_passes:
         score = tolerant(forward)  # a row that fails leaves this rank in step with the others
         return ranks.all_gather_object([score(batch) for batch in own])
-    values = [forward(batch) for batch in own]
+    values: dict[int, Float32Array] = {}
+    for i, batch in enumerate(own):
+        try:
+            values[i] = forward(batch)
+        except Exception as error:
+            if not may_be_of_row(error):
+                raise
     if len(own) < -(-len(batches) // ranks.size):
         forward(empty_batch())
-    return ranks.all_gather_object(values)
+    failed = [i for i in range(len(own)) if i not in values]
+    if any(ranks.all_gather_object(bool(failed))):
+        turns = Turns(ranks, idle=lambda: forward(empty_batch()))
+
+        def in_turn(batch: PaddedBatch) -> Float32Array:
+            with turns.trial():
+                return forward(batch)
+
+        values |= turns.search(lambda: {i: tolerant(in_turn)(own[i]) for i in failed})
+    return ranks.all_gather_object([values[i] for i in range(len(own))])

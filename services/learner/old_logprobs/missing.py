@@ -51,6 +51,10 @@ class MissingCounter:
         """Count tokens that `policy` was applied to."""
         self.tokens[why.value, policy] += tokens
 
+    def restore(self, tokens: Counter[tuple[str, str]]) -> None:
+        """Take over the counts of an earlier time: the passes after it are repeated."""
+        self.tokens = tokens.copy()
+
     def take(self) -> dict[tuple[str, str], int]:
         """Return the counts since the last call."""
         new = self.tokens - self._taken

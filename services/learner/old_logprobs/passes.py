@@ -20,6 +20,7 @@ from palimpsest.services.learner.model.packing import packs_rows
 from palimpsest.services.learner.model.policy import score_batch
 from palimpsest.services.learner.model.routing import as_routes, recorded
 from palimpsest.services.learner.proximal.types import NO_PASS, TRAINING_PASS, RecordedRoutes
+from palimpsest.services.learner.sharding.sharded_model import ShardedModel
 
 Wanted = list[NDArray[np.bool_]]
 """For each micro-batch [rows, tokens] bool."""
@@ -106,6 +107,8 @@ class BatchScores:
             return score_batch(model, batch, self._device), None
         with recorded(model) as found:
             scored = score_batch(model, batch, self._device)
+        if isinstance(model, ShardedModel) and model.errors.any_deferred:
+            return scored, None  # the batch is scored again without the row that fails
         return scored, as_routes(found, len(batch.rows))
 
 

@@ -24,6 +24,7 @@ from palimpsest.services.learner.model.checkpoint_names import PartNames, part_n
 from palimpsest.services.learner.model.output_head import CHUNK_ATTRIBUTE, find_head
 from palimpsest.services.learner.model.packing import PACKED, packed_attention, use_packing
 from palimpsest.services.learner.sharding.local_shards import local_parts
+from palimpsest.services.learner.sharding.pass_errors import PassErrors
 from palimpsest.services.learner.sharding.sharded_model import ShardedModel, shard
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -49,6 +50,8 @@ class ModelFiles:
         self._chunk, self._layout = logprob_chunk_tokens, layout
         self._path, self._attention, self._mesh, self._device = path, attention, mesh, device
         self._files = _tensor_files(path)
+        self.errors = PassErrors()
+        """Errors of passes without gradient, of all models built here."""
         self.names: dict[str, PartNames] = {}
         """The model's own name of each weight -> its names in the checkpoint; complete after the first `build`."""
 
@@ -71,7 +74,7 @@ class ModelFiles:
             parameter.data = parameter.data.to(holds)
             parameter.requires_grad_(trains)
         model = shard(causal.eval(), self._mesh, computes=COMPUTES, offload=offload)
-        model.computes_on = self._device
+        model.computes_on, model.errors = self._device, self.errors
         _give_memory(model, self._device, torch.device("cpu") if offload else self._device)
         self._read(model)
         setattr(causal, CHUNK_ATTRIBUTE, self._chunk)

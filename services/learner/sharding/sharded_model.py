@@ -23,6 +23,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from palimpsest.common.user_error import UserError
+from palimpsest.services.learner.model.failing_rows import may_be_of_row
+from palimpsest.services.learner.model.output_head import decoder_of
+from palimpsest.services.learner.sharding.pass_errors import BlockGuard, PassErrors, complete_backward
 
 T = TypeVar("T")
 
@@ -35,16 +38,51 @@ class ShardedModel(torch.nn.Module):
         self.causal = causal
         self.computes_on = torch.device("cpu")
         """Device of the passes. The shards may be in the host's memory."""
+        self.errors = PassErrors()
+        self.guard = BlockGuard()
 
     def forward(self, function: Callable[[torch.nn.Module], T]) -> T:
         """Return `function(causal)`. All ranks must call it."""
-        return function(self.causal)
+        try:
+            return function(self.causal)
+        except Exception as error:
+            if not self.guard.active or not may_be_of_row(error):
+                raise
+            if self.guard.entered == 0:  # before the first block: let the blocks take part in a pass over padding
+                padding = torch.zeros((1, 2), dtype=torch.int64, device=self.computes_on)
+                decoder_of(self.causal)(input_ids=padding, use_cache=False)
+            if self.guard.entered != self.guard.blocks:
+                raise
+            self.guard.error = self.guard.error or error
+        result: Any = None
+        return result  # type: ignore[no-any-return]
 
-    def keep_whole(self, *, until_backward: bool) -> None:
-        """Whether the next calls leave the weights outside the blocks whole for their backward pass, which then need
-        not be gathered again. The backward pass frees them."""
-        root: Any = self
-        root.set_reshard_after_forward(until_backward is False, recurse=False)
+    def score(self, function: Callable[[torch.nn.Module], T], failed: Callable[[], T]) -> T:
+        """Return `function(causal)`, which makes one forward pass. All ranks must call it.
+
+        If it fails on a row, all ranks still complete the pass, and also the backward pass that follows one with
+        gradient. Then this rank raises the error. A pass without gradient returns `failed()` inside of
+        `errors.deferred`.
+        """
+        gradient, root = torch.is_grad_enabled(), self._root()
+        # The weights outside the blocks stay whole for the backward pass, which needs them first and frees them.
+        root.set_reshard_after_forward(not gradient, recurse=False)
+        try:
+            with self.guard.guarding():
+                result: T = self(function)
+            if (error := self.guard.error) is None:
+                return result
+            if gradient:
+                complete_backward(self)
+                raise error
+            self.errors.add(error)
+            return failed()
+        finally:
+            self.guard.error = None
+            root.set_reshard_after_forward(True, recurse=False)
+
+    def _root(self) -> Any:
+        return self
 
     def shards(self) -> Iterator[tuple[str, DTensor]]:
         """Yield the causal model's own name and the parameter of each weight. A tied weight comes once."""
@@ -81,6 +119,8 @@ def shard(causal: torch.nn.Module, mesh: DeviceMesh, *, computes: torch.dtype, o
     policy = MixedPrecisionPolicy(param_dtype=computes, reduce_dtype=torch.float32, cast_forward_inputs=False)
     place = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
     sharded = ShardedModel(causal)
+    for block in blocks_of(causal):
+        sharded.guard.wrap(block)
     # The root frees its weights after a pass without gradient, too: they would survive an optimizer step after it.
     for module in (*blocks_of(causal), sharded):
         whole: Any = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True, offload_policy=place)

@@ -5,7 +5,7 @@ again without the rows that cause it: the sums are then those of a minibatch in 
 token, bit for bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -27,16 +27,14 @@ from palimpsest.services.learner.model.policy import score_batch, score_batch_an
 from palimpsest.services.learner.model.routing import replayed
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.proximal.types import Interpolated, ProximalValues, layout
+from palimpsest.services.learner.sharding.pass_errors import completing
 from palimpsest.services.learner.sharding.sharded_model import device_of
+from palimpsest.services.learner.sharding.turns import NotFinite, Turns
 from palimpsest.services.learner.training.accumulators import MicroBatchPass, StepAccumulator
 from palimpsest.services.learner.training.min_variance_baseline import MinimumVarianceBaseline
 from palimpsest.services.learner.training.preparation import VersionInputs
 from palimpsest.services.learner.training.row_guard import RowGuard
 from palimpsest.services.learner.training.state import TrainingState
-
-
-class NotFinite(ArithmeticError):
-    """A gradient is infinite or not a number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +79,15 @@ class Passes:
             if self._config.loss.objective == "m2po":
                 sums.taus.append(self._tau(version, places, bounds))
             passes, failed = self._attempt(version, places, groups, denominators, bounds, sums, look=not looked)
-            gathered = self._ranks.all_gather_object((sum(one.usable for one in passes), failed is not None))
-            if not any(again for _, again in gathered):
+            gathered = self._ranks.all_gather_object((sum(one.usable for one in passes), _kind(failed)))
+            if not any(kind for _, kind in gathered):
                 return Passed(passes, bounds, usable=any(usable for usable, _ in gathered))
             self.discard()
-            if failed is not None:
-                looked = isinstance(failed, NotFinite)
-                self._take_out(failed, version, places, denominators, bounds, sums)
+            # With shards all ranks search, and each has a part of a gradient that is not finite.
+            worst = max(kind for _, kind in gathered) if self._ranks.equal_passes else _kind(failed)
+            if worst:
+                looked = worst == _kind(NotFinite())
+                self._take_out(failed or NotFinite(), version, places, denominators, bounds, sums)
             sums.restore(before)
             before = deepcopy(before)
 
@@ -110,21 +110,26 @@ class Passes:
     ) -> tuple[list[MicroBatchPass], Exception | None]:
         """Return the passes, and the error of a row or NotFinite if they failed. look: whether to look for NotFinite.
 
-        With VCPO's baseline rows are taken out one by one, because the ranks meet after each group. Raises every error
-        if the guard is inactive.
+        With VCPO's baseline rows are taken out one by one, because the ranks meet after each group. If passes need all
+        ranks, the passes after one that fails are made, too.
         """
         if self._config.vcpo.baseline:
             return self._passes_with_baseline(version, places, groups, denominators, bounds, sums), None
-        passes = []
-        try:
-            for place in places:
+        passes: list[MicroBatchPass] = []
+        failed: Exception | None = None
+        for place in places:
+            try:
                 passes.append(self._pass(version, place, denominators, bounds, sums))
                 self._train_critic(version, place, denominators)
-        except Exception as error:
-            if not self._guard.active or not may_be_of_row(error):
-                raise
-            return [], error
-        return passes, self._not_finite() if look and self._guard.active else None
+            except Exception as error:
+                if not may_be_of_row(error):
+                    raise
+                failed = failed or error
+                if not self._ranks.equal_passes:
+                    break
+        if failed is None and look and not self._is_finite():
+            failed = NotFinite()
+        return passes, failed
 
     def _take_out(
         self,
@@ -136,7 +141,15 @@ class Passes:
         sums: StepAccumulator,
     ) -> None:
         """Replace the rows that fail by zeros. Raises the error if none does, unless it is NotFinite."""
-        found = {place: self._failing_rows(version, place, denominators, bounds, sums) for place in places}
+
+        def idle() -> None:
+            self._alone(version, places[0], (), denominators, bounds, sums)
+
+        turns = Turns(self._ranks, idle, self._is_finite)
+        found = turns.search(
+            lambda: {place: self._failing_rows(version, place, denominators, bounds, sums, turns) for place in places}
+        )
+        self.discard()
         trainable = sum(int(version.batches[place].mask.any(-1).sum()) for place in places)
         number = sum(map(len, found.values()))
         if isinstance(error, NotFinite) and number == trainable:
@@ -150,32 +163,53 @@ class Passes:
                 self._guard.take_out(version.batches, place, reasons)
 
     def _failing_rows(
-        self, version: VersionInputs, place: int, denominators: Denominators, bounds: Limits, sums: StepAccumulator
+        self,
+        version: VersionInputs,
+        place: int,
+        denominators: Denominators,
+        bounds: Limits,
+        sums: StepAccumulator,
+        turns: Turns,
     ) -> dict[int, str]:
         """Return the rows of a micro-batch whose passes fail: index -> error text. Gradients are zero afterwards."""
-        batch = version.batches[place]
 
         def error_of(kept: Sequence[int]) -> Exception | None:
             """The error of the micro-batch's passes with zeros in place of all other rows."""
-            version.batches[place] = neutral(batch, [row for row in range(len(batch.rows)) if row not in kept])
             try:
-                self._pass(version, place, denominators, bounds, deepcopy(sums))
-                self._train_critic(version, place, denominators)
-                return self._not_finite()
+                with turns.trial():
+                    self._alone(version, place, kept, denominators, bounds, sums)
             except Exception as error:
                 if not may_be_of_row(error):
                     raise
                 return error
             finally:
-                version.batches[place] = batch
                 self.discard()
+            return None
 
-        return failing_places(error_of, len(batch.rows))
+        return failing_places(error_of, len(version.batches[place].rows))
 
-    def _not_finite(self) -> NotFinite | None:
-        """Return an error if this rank's gradients are not finite."""
-        norms = torch.stack(torch._foreach_norm(self._gradients()))
-        return None if bool(torch.isfinite(norms).all()) else NotFinite("the gradient is not finite")
+    def _alone(
+        self,
+        version: VersionInputs,
+        place: int,
+        kept: Collection[int],
+        denominators: Denominators,
+        bounds: Limits,
+        sums: StepAccumulator,
+    ) -> None:
+        """Pass a micro-batch with zeros in place of all rows but the kept ones. The gradients are those of the pass."""
+        batch = version.batches[place]
+        self.discard()
+        version.batches[place] = neutral(batch, [row for row in range(len(batch.rows)) if row not in kept])
+        try:
+            self._pass(version, place, denominators, bounds, deepcopy(sums))
+            self._train_critic(version, place, denominators)
+        finally:
+            version.batches[place] = batch
+
+    def _is_finite(self) -> bool:
+        """Whether this rank's gradients are finite."""
+        return bool(torch.isfinite(torch.stack(torch._foreach_norm(self._gradients()))).all())
 
     def _gradients(self) -> list[Tensor]:
         critic = self._state.critic
@@ -237,7 +271,8 @@ class Passes:
             if not may_be_of_row(error):
                 raise
             self.discard()
-            found = self._failing_rows(version, place, denominators, bounds, sums)
+            turns = Turns(self._ranks, idle=lambda: None, is_finite=self._is_finite)
+            found = self._failing_rows(version, place, denominators, bounds, sums, turns)
             if not found:
                 raise
             self._guard.take_out(version.batches, place, found)
@@ -263,19 +298,20 @@ class Passes:
         """Forward and backward pass of one micro-batch."""
         current, entropy = self._guard.forward(score_batch_and_entropy, version.batches, place)
         batch, prepared = version.batches[place], version.prepared
-        inputs, anchor, correction = self._inputs(version, place, current, bounds)
-        tau = sums.taus[-1] if sums.taus else 0.0
-        outcome = self._objective.outcome(inputs, multiplier=self._state.multiplier, tau=tau)
-        loss = self._objective.loss(
-            outcome,
-            inputs,
-            Terms(entropy, prepared.reference[place] if prepared.reference else None),
-            denominators,
-            history=self._state.entropies.turns(self._config.loss.epo.history),
-            phase=version.phase,
-        )
-        with replayed(self._policy.model, batch.routes):  # layers that are computed again choose the same experts
-            loss.backward()  # type: ignore[no-untyped-call]
+        with completing(self._policy.model):
+            inputs, anchor, correction = self._inputs(version, place, current, bounds)
+            tau = sums.taus[-1] if sums.taus else 0.0
+            outcome = self._objective.outcome(inputs, multiplier=self._state.multiplier, tau=tau)
+            loss = self._objective.loss(
+                outcome,
+                inputs,
+                Terms(entropy, prepared.reference[place] if prepared.reference else None),
+                denominators,
+                history=self._state.entropies.turns(self._config.loss.epo.history),
+                phase=version.phase,
+            )
+            with replayed(self._policy.model, batch.routes):  # layers that are computed again choose the same experts
+                loss.backward()  # type: ignore[no-untyped-call]
         if prepared.reference and self._config.loss.kl.place == "loss":
             with torch.no_grad():
                 sums.divergence += float(self._objective.divergence(inputs, prepared.reference[place]).double().sum())
@@ -306,3 +342,8 @@ class Passes:
             rows=own.rows,
         )
         loss.backward()  # type: ignore[no-untyped-call]
+
+
+def _kind(error: Exception | None) -> int:
+    """0: no error, 1: a gradient that is not finite, 2: a pass that failed."""
+    return 0 if error is None else 1 if isinstance(error, NotFinite) else 2

@@ -62,7 +62,7 @@ class Trainer:
         self._length, self._seed = length, seed
         self._objective = Objective(config, length=length)
         self._device = device_of(policy.model)
-        self._guard = RowGuard(policy.model, self._device, active=not ranks.equal_passes)
+        self._guard = RowGuard(policy.model, self._device, ranks)
         self._passes = self._make_passes()
 
     def configure(self, config: LearnerConfig) -> None:
@@ -91,7 +91,11 @@ class Trainer:
             batches = [batch for minibatch in mine for batch in minibatch]
         fresh = self._fresh(mine)
         with timer.of("proximal"):
-            proximal = self._guard.call(lambda: self._state.source.proximal(batches, now, fresh), batches)
+            proximal = self._guard.call(
+                lambda: self._state.source.proximal(batches, now, fresh),
+                batches,
+                undo=partial(self._state.misses.restore, self._state.misses.tokens.copy()),
+            )
         with timer.of("audit"):
             audit = self._guard.call(lambda: self._audit(batches, now, fresh), batches)
         with timer.of("prepare"):
