@@ -207,7 +207,6 @@ class LearnerConfig(Service):
     def _refuse_with_sharding(self) -> None:
         """Raise ValueError for what needs a whole model on each rank."""
         unsupported = (
-            (self.proximal.kind in AVERAGES, f'proximal.kind = "{self.proximal.kind}" averages whole models'),
             (self.advantages.kind == "gae", 'advantages.kind = "gae" trains a whole critic'),
             (self.vcpo.baseline, "vcpo.baseline takes the gradient of each trajectory"),
             (self.publishing != "inline", f'publishing = "{self.publishing}" copies a whole model in one process'),

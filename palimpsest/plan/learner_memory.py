@@ -64,8 +64,9 @@ def _held(config: LearnerConfig, rehearsed: Rehearsed, shares: int) -> list[Caus
         old = -(-model.copied // shares)
         causes.append(Cause("weights of an old version", old, ("learner.proximal.kind", *split)))
     if kind in AVERAGES:
-        causes.append(Cause(AVERAGE, each, ("learner.proximal.kind",)))
-        causes.append(Cause("average in the model's type", model.copied, ("learner.proximal.kind",)))
+        keys = ("learner.proximal.kind", *split)
+        causes.append(Cause(AVERAGE, each, keys))
+        causes.append(Cause("average in the model's type", -(-model.copied // shares), keys))
     if config.audit.fraction and not PROXIMAL_KINDS[kind].exact:
         old = -(-model.copied // shares)
         causes.append(Cause("weights of an old version, for the audit", old, ("learner.audit.fraction",)))

@@ -139,6 +139,12 @@ def whole(parameter: DTensor, *, dtype: torch.dtype | None = None) -> Tensor:
     return (own if dtype is None else detached(own.to(dtype))).full_tensor()
 
 
+def local_values(parameter: Tensor) -> Tensor:
+    """Return what this rank holds of a parameter: its shard, or all of it. A write changes it."""
+    values = parameter.detach()
+    return values.to_local() if isinstance(values, DTensor) else values
+
+
 def detached(parameter: Tensor) -> DTensor:
     """Return the parameter without its gradient. A write changes it."""
     values = parameter.detach()

@@ -7,6 +7,7 @@ with one micro-batch the gradients are equal bit for bit, with more they differ 
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ class ShardedPolicy(TrainablePolicy):
         self.steps = 0
         self.source: Path | None = None
         """Folder of the shards that `share` reads, on rank 0."""
+        self.companions: dict[str, Sequence[Tensor]] = {}
+        """Name -> further tensors split like the masters, which checkpoints hold, too. They are read in place."""
 
     def sum_gradients(self, ranks: ProcessGroup) -> None:
         """Do nothing: the backward passes have summed them."""
@@ -96,13 +99,15 @@ class ShardedPolicy(TrainablePolicy):
         self.source = None
 
     def shards(self) -> dict[str, Tensor]:
-        """Return masters and moments as distributed tensors, by name."""
+        """Return masters, moments and companions as distributed tensors, by name."""
         tensors: dict[str, Tensor] = {}
         for i, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
             moments: dict[str, Any] = self.optimizer.state.get(master, {})
             tensors[f"{i}.master"] = like(parameter, master)
             for key in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{i}.{key}"] = like(parameter, moments.get(key, torch.zeros_like(master)))
+            for name, companion in self.companions.items():
+                tensors[f"{i}.{name}"] = like(parameter, companion[i])
         return tensors
 
     def _take(self, tensors: dict[str, Tensor], steps: int) -> None:

@@ -19,10 +19,14 @@ from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason
 from palimpsest.services.learner.old_logprobs.precomputed_source import PrecomputedSource
 from palimpsest.services.learner.old_logprobs.snapshot_source import SnapshotSource
-from palimpsest.services.learner.old_logprobs.versioned_model import VersionedModel
+from palimpsest.services.learner.old_logprobs.versioned_model import MovableModel, VersionedModel
+from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
 from palimpsest.services.learner.proximal.surrogates.factory import build_surrogate
+from palimpsest.services.learner.proximal.surrogates.forward_pass import SplitPolicy
+from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
 from palimpsest.services.learner.proximal.types import Source
 from palimpsest.services.learner.sharding.load import COMPUTES
+from palimpsest.services.learner.sharding.sharded_model import local_values
 from palimpsest.services.learner.sharding.shared_work import Shards
 from palimpsest.services.learner.sharding.versioned_shards import VersionedShards
 from palimpsest.services.learner.training.state import TrainingState
@@ -63,8 +67,11 @@ def build_training_state(
     parts = _Parts(policy, store, device, on_load, config.micro_batch_tokens, ranks, shards, adapter)
     missed = MissingCounter()
     gae = config.advantages.kind == "gae"
+    source = _build_source(config, parts, missed)
+    if shards is not None and isinstance(source, EwmaProx | PpoEwmaAsync):
+        shards.policy.companions["average"] = source.average.means
     return TrainingState(
-        source=_build_source(config, parts, missed),
+        source=source,
         misses=missed,
         auditor=_snapshot_source(parts) if config.audit.fraction else None,
         critic=Critic(policy.model, critic_optimizer(config)) if gae else None,
@@ -96,6 +103,7 @@ def _build_source(config: LearnerConfig, parts: _Parts, missed: MissingCounter) 
                 device=parts.device,
                 max_staleness=config.max_staleness,
                 load=partial(_stored_weights, parts),
+                split=None if parts.shards is None else _split(parts.shards),
             )
     return PrecomputedSource(
         parts.policy.model,
@@ -118,16 +126,26 @@ def _sharded_shadow(shards: Shards, store: SnapshotClient) -> VersionedShards:
     return VersionedShards(shards.files.build(holds=COMPUTES, trains=False), shards.files, store, shards.ranks)
 
 
+def _split(shards: Shards) -> SplitPolicy:
+    copy = partial(shards.files.build, holds=COMPUTES, trains=False)
+    return SplitPolicy(copy, shards.ranks.all_gather_object)
+
+
 def _stored_weights(parts: _Parts, version: Version) -> list[torch.Tensor] | None:
-    """Return the weights of a stored version in the order of the masters, float32; None if the store has none."""
-    model = VersionedModel(copy_trained(parts.policy.model), parts.store, parts.adapter)
+    """Return the weights of a stored version in the order of the masters, float32, or this rank's shards of them; None
+    if the store has none."""
+    if parts.shards is not None:
+        model: MovableModel = _sharded_shadow(parts.shards, parts.store)
+    else:
+        model = VersionedModel(copy_trained(parts.policy.model), parts.store, parts.adapter)
     try:
         model.load_version(version)
     except VersionMissing:
         logger().warning("average reset to the current weights: the store lacks the version", version=version)
         return None
     parts.on_load(version)
-    return [parameter.detach().float() for parameter in model.model.parameters() if parameter.requires_grad]
+    own, learns = model.model.parameters(), (parameter.requires_grad for parameter in parts.policy.model.parameters())
+    return [local_values(each).float() for each, trained in zip(own, learns, strict=True) if trained]
 
 
 def _snapshot_source(

@@ -317,8 +317,6 @@ def test_keys_of_an_adapter_are_checked(run: Path, adapter: str, message: str) -
 @pytest.mark.parametrize(
     ("flag", "reason"),
     [
-        ("proximal.kind=ewma_prox", 'proximal.kind = "ewma_prox" averages whole models'),
-        ("proximal.kind=ppo_ewma_async", 'proximal.kind = "ppo_ewma_async" averages whole models'),
         ("advantages.kind=gae", 'advantages.kind = "gae" trains a whole critic'),
         ("vcpo.baseline=true", "vcpo.baseline takes the gradient of each trajectory"),
         ("publishing=background", 'publishing = "background" copies a whole model in one process'),

@@ -189,6 +189,16 @@ def test_each_option_that_keeps_weights_is_a_cause(keys: list[str], names: set[s
     assert set(json.loads(text)["learner"]["held"]) - usual == names
 
 
+def test_shards_of_an_average_are_counted_once_over_the_ranks(run_file: Path) -> None:
+    words = [str(run_file), "--gpus", "4x80", "--json", "--learner.proximal.kind=ewma_prox", "--local.learner_ranks=4"]
+    alone, split = (
+        json.loads(run_command([*words, f"--learner.sharding={value}"])[0])["learner"]["held"]
+        for value in ("none", "full")
+    )
+    for name in ("average of the weights, float32", "average in the model's type"):
+        assert split[name] == -(-alone[name] // 4)
+
+
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_an_offloaded_optimizer_is_in_the_hosts_memory(sharding: str, run_file: Path) -> None:
     words = [str(run_file), "--gpus=8x80", "--json", f"--learner.sharding={sharding}", "--local.learner_ranks=4"]
@@ -238,7 +248,7 @@ def test_shards_are_a_remedy_for_several_ranks_unless_the_run_needs_whole_models
     words = [str(run_file), "--gpus=8x1.001", "--local.learner_ranks=2"]
     text, _ = run_command(words)
     assert 'micro_batch_tokens = 64 and learner.sharding = "full": peak' in text
-    text, _ = run_command([*words, "--learner.proximal.kind=ewma_prox"])
+    text, _ = run_command([*words, "--learner.advantages.kind=gae"])
     assert "learner.sharding" not in text
 
 

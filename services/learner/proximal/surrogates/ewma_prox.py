@@ -12,7 +12,7 @@ from torch import Tensor
 
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import PaddedBatch
-from palimpsest.services.learner.proximal.surrogates.forward_pass import Shadow, score
+from palimpsest.services.learner.proximal.surrogates.forward_pass import Shadow, SplitPolicy, score
 from palimpsest.services.learner.proximal.surrogates.weight_average import Average
 from palimpsest.services.learner.proximal.types import Surrogate
 
@@ -21,14 +21,21 @@ class EwmaProx:
     """The ewma_prox source; see Source and StatefulSource in proximal/types.py."""
 
     def __init__(
-        self, model: torch.nn.Module, masters: Sequence[Tensor], device: torch.device, *, decay: float
+        self,
+        model: torch.nn.Module,
+        masters: Sequence[Tensor],
+        device: torch.device,
+        *,
+        decay: float,
+        split: SplitPolicy | None = None,
     ) -> None:
-        """masters: float32 weights of the model's version; decay: beta. Raises ValueError for beta outside [0, 1)."""
+        """masters: float32 weights of the model's version; decay: beta; split: of a sharded policy. Raises ValueError
+        for beta outside [0, 1)."""
         if not 0 <= decay < 1:
             raise ValueError(f"decay is {decay}; it must be in [0, 1)")
-        self.average = Average(masters)
+        self.average = Average(masters, gather=None if split is None else split.gather)
         self.decay = decay
-        self._shadow, self._device = Shadow(model), device
+        self._shadow, self._device = Shadow(model, split), device
 
     def proximal(self, batches: Sequence[PaddedBatch], now: Version, fresh: int = 0) -> Surrogate:
         """Score the micro-batches with the average, cast to the dtype of the model."""

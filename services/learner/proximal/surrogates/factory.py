@@ -18,6 +18,7 @@ from palimpsest.common.config.proximal import (
 from palimpsest.services.learner.proximal.surrogates.bypass import Bypass
 from palimpsest.services.learner.proximal.surrogates.current_recompute import CurrentRecompute
 from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
+from palimpsest.services.learner.proximal.surrogates.forward_pass import SplitPolicy
 from palimpsest.services.learner.proximal.surrogates.interp_prox_loglinear import Loglinear
 from palimpsest.services.learner.proximal.surrogates.linear_prox import LinearProx
 from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import LoadVersion, PpoEwmaAsync
@@ -33,10 +34,12 @@ def build_surrogate(
     device: torch.device,
     max_staleness: int,
     load: LoadVersion | None = None,
+    split: SplitPolicy | None = None,
 ) -> Source:
     """Build the source of a surrogate.
 
     masters: float32 weights that the model was cast from; a moving average starts from them. load: see PpoEwmaAsync.
+    split: of a sharded policy.
     """
     match config:
         case BypassProximal():
@@ -48,9 +51,9 @@ def build_surrogate(
         case LinearProximal():
             return LinearProx(device, behavior_share=config.behavior_share)
         case EwmaProximal():
-            return EwmaProx(model, masters, device, decay=config.decay)
+            return EwmaProx(model, masters, device, decay=config.decay, split=split)
         case PpoEwmaAsyncProximal():
             window = max_staleness if config.window == "max_staleness" else config.window
             rule = Rule(config.reset, config.threshold, config.patience, config.cooldown, config.trigger)
-            return PpoEwmaAsync(model, masters, device, window=window, rule=rule, load=load)
+            return PpoEwmaAsync(model, masters, device, window=window, rule=rule, load=load, split=split)
     assert_never(config)

@@ -1,6 +1,7 @@
 """Scoring of batches with one set of weights, shared by the surrogates that need a forward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,6 +9,17 @@ from torch import Tensor
 from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.model.lora import copy_trained
 from palimpsest.services.learner.model.policy import score_batch
+from palimpsest.services.learner.sharding.sharded_model import local_values
+
+
+@dataclass(frozen=True, slots=True)
+class SplitPolicy:
+    """A policy whose masters are split over the ranks: each rank averages its part."""
+
+    copy: Callable[[], torch.nn.Module]
+    """Builds a sharded copy of the model in its own dtype. All ranks call it."""
+    gather: Callable[[list[float]], list[list[float]]]
+    """Returns the numbers of every rank, in rank order."""
 
 
 @torch.no_grad()
@@ -19,17 +31,20 @@ def score(model: torch.nn.Module, batches: Sequence[PaddedBatch], device: torch.
 class Shadow:
     """A copy of the model that computes with other weights. The first use creates it, in the dtype of the model."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: torch.nn.Module, split: SplitPolicy | None = None) -> None:
+        self._model, self._split = model, split
         self._learns = [parameter.requires_grad for parameter in model.parameters()]
         self._copy: torch.nn.Module | None = None
 
     @torch.no_grad()
     def with_weights(self, weights: Sequence[Tensor]) -> torch.nn.Module:
-        """Return the copy with its trainable parameters cast from `weights`. Raises ValueError if shapes differ."""
+        """Return the copy with its trainable parameters cast from `weights`, or this rank's shards of them. Raises
+        ValueError if shapes differ."""
         if self._copy is None:
-            self._copy = copy_trained(self._model).requires_grad_(False)
-        own = [parameter for parameter, learns in zip(self._copy.parameters(), self._learns, strict=True) if learns]
+            split = self._split
+            self._copy = copy_trained(self._model).requires_grad_(False) if split is None else split.copy()
+        both = zip(self._copy.parameters(), self._learns, strict=True)
+        own = [local_values(parameter) for parameter, learns in both if learns]
         if [weight.shape for weight in weights] != [parameter.shape for parameter in own]:
             raise ValueError(f"{len(weights)} weights do not match {len(own)} parameters in number or shape")
         for parameter, weight in zip(own, weights, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import PaddedBatch
-from palimpsest.services.learner.proximal.surrogates.forward_pass import Shadow, score
+from palimpsest.services.learner.proximal.surrogates.forward_pass import Shadow, SplitPolicy, score
 from palimpsest.services.learner.proximal.surrogates.reset_rule import HEALTHY_VERSIONS, Cause, ResetState, Rule, decide
 from palimpsest.services.learner.proximal.surrogates.weight_average import (
     Average,
@@ -43,12 +43,14 @@ class PpoEwmaAsync:
         window: int | Literal["measured"],
         rule: Rule,
         load: LoadVersion | None = None,
+        split: SplitPolicy | None = None,
     ) -> None:
-        """masters: float32 weights of the model's version; window: W; load: gives a stored version to a guarded reset.
+        """masters: float32 weights of the model's version; window: W; load: gives a stored version to a guarded reset;
+        split: of a sharded policy.
 
         Raises ValueError for a negative window.
         """
-        self.average = Average(masters)
+        self.average = Average(masters, gather=None if split is None else split.gather)
         self.resets = dict.fromkeys(Cause, 0)
         """Cause -> resets so far."""
         self.mean_staleness = 0.0
@@ -62,7 +64,7 @@ class PpoEwmaAsync:
         """Versions since the last change of beta."""
         self._rule, self._seen = rule, ResetState()
         self._decay = 0.0 if window == "measured" else window_decay(window)
-        self._shadow, self._device, self._load = Shadow(model), device, load
+        self._shadow, self._device, self._load = Shadow(model, split), device, load
 
     @property
     def decay(self) -> float:

@@ -11,7 +11,7 @@ one part in 10,000; a bf16 average resolves one part in 256 and would not change
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,10 +20,17 @@ from torch import Tensor
 class Average:
     """The average, on the device of the masters; 4 bytes per parameter."""
 
-    def __init__(self, masters: Sequence[Tensor]) -> None:
-        """Start with this version. Raises ValueError unless the masters are float32."""
+    def __init__(
+        self, masters: Sequence[Tensor], *, gather: Callable[[list[float]], list[list[float]]] | None = None
+    ) -> None:
+        """Start with this version. Raises ValueError unless the masters are float32.
+
+        gather: if the masters are this rank's shards: returns the numbers of all ranks, in rank order. The means are
+        then shards, too, which the checkpoint holds beside those of the policy, and not in `state`.
+        """
         if narrow := sorted({str(master.dtype) for master in masters if master.dtype != torch.float32}):
             raise ValueError(f"weights of type {', '.join(narrow)} cannot be averaged; pass the float32 masters")
+        self._gather = gather
         self.means = [master.detach().clone() for master in masters]
         self.weight = 1.0
         """w: sum of the versions' weights, relative to the newest."""
@@ -53,26 +60,32 @@ class Average:
         self.versions, self.center_of_mass = 1, float(age)
 
     def distance(self, masters: Sequence[Tensor]) -> float:
-        """Return |theta - average| / |theta| over all weights (Euclidean norms); 0 if all weights are 0."""
+        """Return |theta - average| / |theta| over all weights (Euclidean norms); 0 if all weights are 0.
+
+        All ranks must call it if the weights are shards.
+        """
         apart = math.hypot(*(_norm(master - mean) for master, mean in zip(masters, self.means, strict=True)))
         size = math.hypot(*(_norm(master) for master in masters))
+        if self._gather is not None:  # ranks that hold the same shard count equally often in both
+            apart, size = (math.hypot(*of_ranks) for of_ranks in zip(*self._gather([apart, size]), strict=True))
         return apart / size if size else 0.0
 
     def state(self) -> dict[str, Tensor]:
         """Return the means (without copies) and the clock, for a checkpoint."""
         clock = [self.weight, self.center_of_mass, float(self.versions)]
-        return {f"mean.{i}": mean for i, mean in enumerate(self.means)} | {
-            "clock": torch.tensor(clock, dtype=torch.float64)
-        }
+        return self._own_means() | {"clock": torch.tensor(clock, dtype=torch.float64)}
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Restore a checkpoint exactly. Raises ValueError if its names, shapes or types differ."""
         refuse_others(self.state(), tensors)
-        for i, mean in enumerate(self.means):
-            mean.copy_(tensors[f"mean.{i}"])
+        for name, mean in self._own_means().items():
+            mean.copy_(tensors[name])
         self.weight, self.center_of_mass, versions = tensors["clock"].tolist()
         self.versions = int(versions)
+
+    def _own_means(self) -> dict[str, Tensor]:
+        return {} if self._gather is not None else {f"mean.{i}": mean for i, mean in enumerate(self.means)}
 
     @torch.no_grad()
     def _replace_average(self, masters: Sequence[Tensor]) -> None:
