@@ -48,6 +48,11 @@ TRAINED_GROUPS = Counter(
 DEAD_LETTERS = Counter(
     "palimpsest_learner_dead_letters", "Records rejected as dead letters", ["cause", "topic"], registry=REGISTRY
 )
+FAILED_BRANCHES = Counter(
+    "palimpsest_learner_failed_branches",
+    "Branches of agents' sessions on which a pass fails: left out, while the rest of their session is trained on",
+    registry=REGISTRY,
+)
 DUPLICATES = Counter("palimpsest_learner_duplicates", "Trajectories received again", registry=REGISTRY)
 PENDING = Gauge("palimpsest_learner_pending_trajectories", "Trajectories offered and not resolved", registry=REGISTRY)
 WAITING = Gauge(

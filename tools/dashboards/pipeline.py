@@ -43,7 +43,8 @@ TRAJECTORIES = (
     Panel("Trajectories per second", "none", {
         "offered": rate("learner_offered_trajectories"), "trained": rate("learner_trained_trajectories"),
         "duplicates": rate("learner_duplicates"), "{{reason}}": rate("learner_dropped_trajectories", "reason"),
-    }, "Drops by reason."),
+        "failed branches": rate("learner_failed_branches"),
+    }, "Drops by reason. Failed branches: sequences of agents' sessions left out because a pass fails on them."),
     Panel("Ends in the workers", "none", {
         "{{end}}": rate("rollout_trajectories", "end"), "{{code}}": rate("rollout_failed_attempts", "code"),
     }, "Ended trajectories by outcome, and failed attempts by error code."),

@@ -75,35 +75,43 @@ class Drops:
     def bury_failed(
         self, batch: list[ReadyGroup[ReceivedTrajectory]], rows: list[list[Row]], failed: Mapping[str, str]
     ) -> tuple[list[ReadyGroup[ReceivedTrajectory]], list[list[Row]]]:
-        """Dead-letter the trajectories of a trained batch on which the training failed. Return the batch and its rows
-        without them.
+        """Take out the rows of a trained batch on which the training failed. Return the batch and rows without them.
 
-        failed: row, by the name of its trajectory or branch -> error text; a trajectory with a failed branch is left
-        out as a whole. Raises Fenced, and UserError if it failed on all of them.
+        A trajectory is dead-lettered if none of its other rows has a trainable token; a session with another branch to
+        train on stays trained. failed: row, by the name of its trajectory or branch -> error text. Raises Fenced, and
+        UserError if no trajectory is left.
         """
-        failed = {trajectory_of(name): error for name, error in failed.items()}
-        if failed and all(one.record.trajectory in failed for group in batch for one in group.items):
+        left = [[row for row in group if row.trajectory not in failed] for group in rows]
+        usable = {trajectory_of(row.trajectory) for group in left for row in group if (row.versions >= 0).any()}
+        buried: dict[str, str] = {}
+        for name, error in failed.items():
+            if (trajectory := trajectory_of(name)) in usable:
+                instruments.FAILED_BRANCHES.inc()
+                logger().warning("branch not trained on", branch=name, reason=error)
+            else:
+                buried[trajectory] = error
+        if buried and all(one.record.trajectory in buried for group in batch for one in group.items):
             raise UserError(
                 f"a pass fails on every trajectory of the batch, so the cause is probably not in the records: "
-                f"{next(iter(failed.values()))}. Check the model (model.path) and the device",
+                f"{next(iter(buried.values()))}. Check the model (model.path) and the device",
                 ExitCode.CRASHED,
             )
-        for arrived in (arrived for group in batch for arrived in group.items if arrived.record.trajectory in failed):
+        for arrived in (arrived for group in batch for arrived in group.items if arrived.record.trajectory in buried):
             record, name = arrived.record, arrived.record.trajectory
             self._dead_letters.write(
                 Record(
                     TRAJECTORIES, arrived.partition, arrived.offset, record.group, encode(record), {TRAJECTORY: name}
                 ),
-                RejectedRecord(RejectCause.FORWARD_FAILED, failed[name]),
+                RejectedRecord(RejectCause.FORWARD_FAILED, buried[name]),
             )
             self._ledger.bury()
             self._reader.resolve(arrived)
         return (
             [
-                replace(group, items=[one for one in group.items if one.record.trajectory not in failed])
+                replace(group, items=[one for one in group.items if one.record.trajectory not in buried])
                 for group in batch
             ],
-            [[row for row in group if trajectory_of(row.trajectory) not in failed] for group in rows],
+            [[row for row in group if trajectory_of(row.trajectory) not in buried] for group in left],
         )
 
     def counts(self) -> dict[str, int]:

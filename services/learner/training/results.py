@@ -76,7 +76,7 @@ class StepResult:
     """"reason/policy" -> tokens of all ranks that had no old log-prob, and the policy that was applied to them."""
 
     rejected: dict[str, str] = field(default_factory=dict)
-    """Trajectory on which a pass fails -> error text. The training left it out."""
+    """Row, by the name of its trajectory or branch, on which a pass fails -> error text. The training left it out."""
 
     @property
     def exact(self) -> bool:

@@ -1,9 +1,15 @@
 """Resolved trajectories: their records are done, and their tokens are counted."""
 
+import pytest
+from msgspec import structs
+
+from palimpsest.common.arrays import pack_int32
+from palimpsest.common.branches import Branch
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.messages import TRAJECTORIES, DropReason, encode
 from palimpsest.common.metrics import REGISTRY
 from palimpsest.common.rejected_record import RejectCause
+from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.collate import to_rows
 from palimpsest.services.learner.ingest.build import Ingest
@@ -86,3 +92,52 @@ def test_a_trajectory_on_which_the_training_failed_is_dead_lettered(bus: SqliteB
     )  # fmt: skip
     with bus.consumer(TRAJECTORIES) as consumer:
         assert ingest.reader.offsets() == consumer.ends()
+
+
+def failed_branches() -> float:
+    return REGISTRY.get_sample_value("palimpsest_learner_failed_branches_total") or 0.0
+
+
+@pytest.mark.parametrize(
+    ("failed", "left_names", "trained", "buried", "counted"),
+    [
+        (["g000000/1+1"], ["g000000/0", "g000000/1", "g000000/1+2"], 4, [], 1),
+        (["g000000/1"], ["g000000/0", "g000000/1+1", "g000000/1+2"], 4, [], 1),
+        (["g000000/1", "g000000/1+1"], ["g000000/0"], 3, ["g000000/1"], 0),
+        (["g000000/1", "g000000/1+1", "g000000/1+2"], ["g000000/0"], 3, ["g000000/1"], 0),
+    ],
+    ids=["branch", "first sequence", "all with a trainable token", "all"],
+)
+def test_of_a_session_the_failing_sequences_alone_are_taken_out(
+    bus: SqliteBus, failed: list[str], left_names: list[str], trained: int, buried: list[str], counted: int
+) -> None:
+    """Version 1, bound 0: branch 2 was sampled by version 0, so none of its tokens is trainable."""
+    ingest = an_offered(bus)
+    branches = tuple(Branch(n, pack_int32([9, 8, 7, 6]), (a_segment(2, 4, 2 - n),), 1) for n in (1, 2))
+    session = structs.replace(a_finished(0, 1, segments=(a_segment(2, 4, 1),)), branches=branches)
+    fresh = (a_segment(2, 4, 1),)
+    publish(bus, a_finished(0, 0, segments=fresh), session)
+    publish(bus, a_finished(1, 0, segments=fresh), a_finished(1, 1, segments=fresh))
+    ingest.reader.read_all(NEWEST, timeout_s=0)
+    batch = ingest.ledger.take_batch(Version(1)) or []
+    rows = [to_rows([arrived.record for arrived in group.items], "grpo", lowest=1) for group in batch]
+    before = failed_branches()
+    left, left_rows = Drops(ingest, budget=8).bury_failed(batch, rows, dict.fromkeys(failed, "IndexError: beyond"))
+    assert [row.trajectory for row in left_rows[0]] == left_names
+    assert sum(len(group.items) for group in left) == trained
+    counts = ingest.ledger.counts()
+    assert (counts["trained"], counts["dead_lettered"]) == (trained, len(buried))
+    assert [letter.headers["trajectory"] for letter in letters(bus)] == buried
+    assert failed_branches() - before == counted
+
+
+def test_a_batch_in_which_every_session_fails_ends_the_run(bus: SqliteBus) -> None:
+    ingest = an_offered(bus)
+    publish(bus, a_finished(0, 0), a_finished(0, 1), a_finished(1, 0), a_finished(1, 1))
+    ingest.reader.read_all(NEWEST, timeout_s=0)
+    batch = ingest.ledger.take_batch(Version(0)) or []
+    rows = [to_rows([arrived.record for arrived in group.items], "grpo", lowest=0) for group in batch]
+    names = [row.trajectory for group in rows for row in group]
+    with pytest.raises(UserError, match="a pass fails on every trajectory of the batch"):
+        Drops(ingest, budget=8).bury_failed(batch, rows, dict.fromkeys(names, "IndexError: beyond"))
+    assert letters(bus) == []

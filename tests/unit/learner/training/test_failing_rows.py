@@ -1,5 +1,6 @@
 """Rows on which a pass fails, forward or backward, are left out and reported; other errors end the training."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,19 @@ def test_the_other_rows_are_trained_on(starting_model: Path) -> None:
     assert expected.rejected == {}
     assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
     assert sum(batch.batch.mask.sum() for batch in result.micro_batches) == 21, "the row has no token in the statistics"
+
+
+def test_of_a_session_the_failing_branch_alone_is_left_out(starting_model: Path) -> None:
+    """The other sequences are trained on as if the branch had no trainable token."""
+    names = {"r2": "g000000/1", "r3": "g000000/1+1", "r4": "g000000/1+2"}
+
+    def named(made: list[Row]) -> list[Row]:
+        return [replace(row, trajectory=names.get(row.trajectory, row.trajectory)) for row in made]
+
+    result, weights = trained(starting_model, named(rows(third=BEYOND)))
+    _, same = trained(starting_model, named(rows(advantage=0.0)))
+    assert list(result.rejected) == ["g000000/1+1"]
+    assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
 
 
 ONLY = 99
