@@ -156,11 +156,6 @@ def refuse_adapter(config: RunConfig, values: Mapping[str, Any]) -> None:
             f"learner.lora.rank is {rank}, but the model in {config.model.path} is a mixture of experts ({found} in "
             f"config.json), which cannot have adapters yet. Set learner.lora.rank = 0"
         )
-    if config.learner.layout != "padded":
-        raise UserError(
-            f"learner.lora.rank is {rank}, but learner.layout is {config.learner.layout}: adapters are not tested with "
-            f'it yet. Set learner.layout = "padded"'
-        )
     if isinstance(engine, VllmEngineConfig) and engine.tensor_parallel > 1:
         raise UserError(
             f"learner.lora.rank is {rank}, but rollout.engine.tensor_parallel is {engine.tensor_parallel}: an adapter "

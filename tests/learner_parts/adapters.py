@@ -11,16 +11,17 @@ from safetensors.torch import save_file
 from palimpsest.common.config.lora import LoraConfig
 from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.services.learner.model.lora import adapter_weights, add_adapter
-from tests.learner_parts.models import load
+from palimpsest.services.learner.model.policy import load_model
+from tests.learner_parts.models import CPU, load
 
 LORA = LoraConfig(rank=4, alpha=8.0, targets=("q_proj", "v_proj", "down_proj"))
 ADAPTER = Adapter("base", 4, 8.0, ("down_proj", "q_proj", "v_proj"))
 
 
-def adapted(folder: Path, *, seed: int = 0) -> torch.nn.Module:
-    """The model with an adapter that changes what it computes."""
+def adapted(folder: Path, *, seed: int = 0, packed: bool = False) -> torch.nn.Module:
+    """The model with an adapter that changes what it computes. packed: its passes have no padding."""
     torch.manual_seed(seed)
-    model = load(folder)
+    model = load_model(str(folder), CPU, "sdpa", layout="packed") if packed else load(folder)
     add_adapter(model, LORA)
     renew(model, seed=seed)
     return model

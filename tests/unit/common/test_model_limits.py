@@ -49,19 +49,17 @@ def a_run(model: Path, *, longest: int = 1023, engine: dict[str, Any] | None = N
 
 
 @pytest.mark.parametrize(
-    ("config", "engine", "layout", "message"),
+    ("config", "engine", "message"),
     [
-        ({"num_experts": 4}, {}, "padded", r"is a mixture of experts \(num_experts in config.json\)"),
-        ({}, {"tensor_parallel": 2}, "padded", "rollout.engine.tensor_parallel is 2: an adapter cannot be read back"),
-        ({}, {}, "packed", "learner.layout is packed: adapters are not tested with it yet"),
+        ({"num_experts": 4}, {}, r"is a mixture of experts \(num_experts in config.json\)"),
+        ({}, {"tensor_parallel": 2}, "rollout.engine.tensor_parallel is 2: an adapter cannot be read back"),
     ],
 )
 def test_an_adapter_is_refused_where_it_does_not_work(
-    tmp_path: Path, config: dict[str, Any], engine: dict[str, Any], layout: str, message: str
+    tmp_path: Path, config: dict[str, Any], engine: dict[str, Any], message: str
 ) -> None:
     model = a_model(tmp_path / "model", config={"vocab_size": 10, **config})
     run = a_run(model, engine={"kind": "vllm", **engine})
-    run = run.model_copy(update={"learner": run.learner.model_copy(update={"layout": layout})})
     refuse_limits(run)
     learner = run.learner.model_copy(update={"lora": LoraConfig(rank=8)})
     with pytest.raises(UserError, match=message):

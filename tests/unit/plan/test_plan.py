@@ -99,12 +99,15 @@ def test_the_plan_of_a_version_is_within_ten_percent_of_what_the_trainer_holds(
     assert without_the_old_version == pytest.approx(weights, rel=1e-3)  # AdamW's step counts are tensors too
 
 
-def test_the_plan_of_packed_rows_counts_no_padding(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 8])
+def test_the_plan_of_packed_rows_counts_no_padding(rank: int, tmp_path: Path) -> None:
     """A pass of one row of the greatest length and shorter ones; the loss has tensors of their rectangle besides."""
     AutoModelForCausalLM.from_config(DENSE, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    model = load_model(str(tmp_path), CPU, "sdpa", layout="packed")
+    model, lora = load_model(str(tmp_path), CPU, "sdpa", layout="packed"), LoraConfig(rank=rank)
+    if rank:
+        add_adapter(model, lora)
     policy, source = TrainablePolicy(model, OptimizerConfig(lr=1e-3)), CurrentRecompute(model, CPU)
-    learner = a_learner(discrepancy=UNCORRECTED, micro_batch_tokens=2 * LENGTH, layout="packed")
+    learner = a_learner(discrepancy=UNCORRECTED, micro_batch_tokens=2 * LENGTH, layout="packed", lora=lora)
     lengths = [LENGTH, *[LENGTH // 6] * 6]
     rows = [
         a_row(f"r{i}", [3 + (i + t) % 200 for t in range(length)], [0] * length, advantage=(-1.0) ** i)

@@ -15,7 +15,7 @@ from palimpsest.services.learner.batch.batching import pad
 from palimpsest.services.learner.model.critic import Critic
 from palimpsest.services.learner.model.float32 import float32_forward
 from palimpsest.services.learner.model.lora import add_adapter, copy_trained
-from palimpsest.services.learner.model.policy import checkpoint_activations, score_batch, token_logprobs
+from palimpsest.services.learner.model.policy import checkpoint_activations, load_model, score_batch, token_logprobs
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.model.weights import load_weights, named_weights, raw_tensors
 from palimpsest.services.learner.old_logprobs.snapshot_source import SnapshotSource
@@ -117,6 +117,35 @@ def test_an_old_log_prob_is_that_of_a_fresh_model_with_the_old_adapter(
     assert source._shadow is not None
     for name, tensor in source._shadow.model.state_dict().items():
         assert (tensor.data_ptr() == model.state_dict()[name].data_ptr()) == (".lora_" not in name), name
+
+
+@torch.no_grad()
+def test_packed_rows_have_the_log_probs_of_each_row_alone(starting_model: Path) -> None:
+    model, lengths = adapted(starting_model, packed=True), (40, 7, 23, 1, 64)
+    made = [
+        a_row(f"r{i}", [(3 + 7 * i + 5 * t) % 240 for t in range(n)], [-1] + [0] * (n - 1))
+        for i, n in enumerate(lengths)
+    ]
+    together = score_batch(model, pad(made), CPU)
+    plain = load_model(str(starting_model), CPU, "sdpa")
+    add_adapter(plain, LORA)
+    load_weights(plain, raw_tensors(named_weights(model)))
+    for i, row in enumerate(made):
+        assert torch.equal(together[i, : lengths[i]], score_batch(plain, pad([row]), CPU)[0])
+
+
+def test_a_packed_training_pass_gives_the_gradients_of_padded_rows(starting_model: Path) -> None:
+    """In float32, where the rounding of bf16 does not hide a difference."""
+    made = [a_row(f"r{n}", list(range(5, 5 + n)), [-1] + [0] * (n - 1)) for n in (20, 3, 9)]
+    gradients = []
+    for packed in (True, False):
+        model = adapted(starting_model, packed=packed).float()
+        score_batch(model, pad(made), CPU).sum().backward()  # type: ignore[no-untyped-call]
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for own, expected in zip(*gradients, strict=True):
+        assert own is not None
+        assert expected is not None
+        assert torch.allclose(own, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_an_old_version_of_another_base_is_refused(starting_model: Path, store: SnapshotClient) -> None:

@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 
+from palimpsest.common.base_model import base_digest
 from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.versions import Version
 from palimpsest.rescore import Lacking, Models, rescore
 from palimpsest.services.learner.batch.batching import FREE, Row
 from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.model.lora import add_adapter
 from palimpsest.services.learner.model.policy import load_model
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.model.weights import named_weights, raw_tensors
@@ -26,6 +29,7 @@ from palimpsest.services.learner.old_logprobs.snapshot_source import SnapshotSou
 from palimpsest.services.learner.proximal.types import Source
 from palimpsest.services.learner.training.results import StepResult
 from palimpsest.services.learner.training.trainer import Trainer
+from tests.learner_parts.adapters import ADAPTER, LORA, renew
 from tests.learner_parts.families import build
 from tests.learner_parts.models import CPU, canaries, load, logprobs, perturb, train
 from tests.records.builders import UNCORRECTED, a_learner, a_row
@@ -36,14 +40,23 @@ NOW = Version(2)
 class Recorded:
     """A version trained on rows of versions 0 to 2 in two minibatches, and its record."""
 
-    def __init__(self, folder: Path, model: Path, store: SnapshotClient, kind: str, *, layout: str = "padded") -> None:
+    def __init__(
+        self, folder: Path, model: Path, store: SnapshotClient, kind: str, *, layout: str = "padded", lora: bool = False
+    ) -> None:
         self._folder, self._model, self._packed = folder, model, layout == "packed"
         policy = load_model(str(model), CPU, "sdpa", layout="packed") if self._packed else load(model)
+        if lora:
+            add_adapter(policy, LORA)
+        adapter = structs.replace(ADAPTER, base=base_digest(str(model))) if lora else None
         for version in range(NOW + 1):
-            perturb(policy, by=0.03, seed=version)
-            store.put("test", Version(version), raw_tensors(named_weights(policy)), canaries(policy), writer=1)
+            if lora:
+                renew(policy, seed=version)
+            else:
+                perturb(policy, by=0.03, seed=version)
+            weights = raw_tensors(named_weights(policy))
+            store.put("test", Version(version), weights, canaries(policy), writer=1, adapter=adapter)
         source: Source = SnapshotSource(
-            policy, store, CPU, max_tokens=60, loaded=lambda _: None, record_routes=kind == "routes"
+            policy, store, CPU, max_tokens=60, loaded=lambda _: None, record_routes=kind == "routes", adapter=adapter
         )
         if kind == "precomputed":
             source = PrecomputedSource(
@@ -108,6 +121,16 @@ def test_every_pass_is_repeated_bit_for_bit(
         True
     }
     assert max(int(own.max()) for own in passes if own is not None) >= 0
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_passes_with_an_adapter_are_repeated_bit_for_bit(
+    layout: str, tmp_path: Path, starting_model: Path, store: SnapshotClient
+) -> None:
+    run = Recorded(tmp_path, starting_model, store, "snapshot", layout=layout, lora=True)
+    seen = run.rescored()
+    assert seen["same_layout_tokens"] == sum(row.trainable for rows in run.minibatches for row in rows)
+    assert seen["same_layout_unequal"] == 0
 
 
 def test_a_value_from_after_a_step_is_found(
