@@ -101,6 +101,9 @@ class LearnerConfig(Service):
     sharding: Literal["none", "full", "hybrid"] = "none"
     """Split weights, gradients and moments over the ranks (docs/sharding.md). `none`: each rank holds all of them.
     `full`: each rank holds a share. `hybrid`: the ranks of a node share them, and each node holds all of them."""
+    context_parallel: Positive = 1
+    """Ranks that share the tokens of each row, for rows that do not fit one GPU (docs/context-parallelism.md). It
+    divides `local.learner_ranks`, and needs `layout = "packed"`, `sharding = "full"` and the attention `sdpa`."""
     publishing: Literal["inline", "background"] = "inline"
     """`inline`: the next batch waits until a version is stored and announced. `background`: a thread does both while
     the learner takes the next batch and makes its passes; the next optimizer step waits (docs/publishing.md)."""
@@ -174,6 +177,11 @@ class LearnerConfig(Service):
             )
         if self.sharding != "none":
             self._refuse_with_sharding()
+        if self.context_parallel > 1 and (self.sharding != "full" or self.layout != "packed"):
+            raise ValueError(
+                f'context_parallel = {self.context_parallel} needs sharding = "full" and layout = "packed", not '
+                f'"{self.sharding}" and "{self.layout}": set them, or set context_parallel = 1'
+            )
         if self.routing_replay == "learner" and not (
             isinstance(self.proximal, SnapshotProximal) and not self.proximal.prefetch
         ):

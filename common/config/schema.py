@@ -267,6 +267,11 @@ class RunConfig(Section):
                 f"sampling.max_turn_tokens ({self.sampling.max_turn_tokens}) leaves no room for a prompt in "
                 f"sampling.max_trajectory_tokens ({longest})"
             )
+        if self.learner.context_parallel > 1 and self.model.attention != "sdpa":
+            raise ValueError(
+                f'learner.context_parallel = {self.learner.context_parallel} needs model.attention = "sdpa", not '
+                f'"{self.model.attention}"'
+            )
         if self.learner.minibatches > self.learner.groups_per_batch:
             raise ValueError(
                 f"learner.minibatches ({self.learner.minibatches}) is more than "

@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from palimpsest.common.user_error import UserError
+from palimpsest.services.learner.model.context import Context
+
 T = TypeVar("T")
 NOTHING: tuple[object] = (None,)
 """The object that rank 0 broadcasts when it has no order, and at the end of the run."""
@@ -24,8 +27,10 @@ torchrun ends all ranks when one dies."""
 class ProcessGroup:
     """The ranks of the learner, and the rank and device of this process."""
 
-    def __init__(self, *, equal_passes: bool = False) -> None:
-        """equal_passes: whether all ranks must make equally many passes, because each pass needs all of them."""
+    def __init__(self, *, equal_passes: bool = False, together: int = 1) -> None:
+        """equal_passes: whether all ranks must make equally many passes, because each pass needs all of them. together:
+        consecutive ranks that share each row (learner.context_parallel). Raises UserError if it divides no rank count.
+        """
         self.equal_passes = equal_passes
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
@@ -38,6 +43,15 @@ class ProcessGroup:
             dist.init_process_group(backend, timeout=TIME_LIMIT)
         elif equal_passes:  # a single rank shards over itself
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        if self.size % together:
+            raise UserError(
+                f"learner.context_parallel is {together}, but the learner has {self.size} ranks, which it does not "
+                f"divide: change it, or local.learner_ranks"
+            )
+        self.together = together
+        self.shares, self.share = self.size // together, self.rank // together
+        """Number of shares of the rows, and the one of this rank. Ranks that share rows have the same."""
+        self.context = _context(self.size, self.rank, together) if together > 1 else None
 
     @property
     def is_rank0(self) -> bool:
@@ -77,6 +91,10 @@ class ProcessGroup:
         dist.all_gather_object(boxes, value)
         return [box for box in boxes if box is not None]
 
+    def gather_shares(self, value: T) -> list[T]:
+        """The value of each share of the rows, on every rank: of several ranks with one share, that of the first."""
+        return self.all_gather_object(value)[:: self.together]
+
     def passes_of_all(self, own: int) -> int:
         """Return the number of passes that this rank has to make: its own, or the largest of any rank if all ranks must
         make equally many. Then all ranks must call it."""
@@ -86,3 +104,11 @@ class ProcessGroup:
         """Leave the group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _context(size: int, rank: int, together: int) -> Context:
+    """The group of this rank. Every rank creates all groups, as torch requires."""
+    groups = [
+        dist.new_group(list(range(first, first + together)), timeout=TIME_LIMIT) for first in range(0, size, together)
+    ]
+    return Context(rank % together, together, groups[rank // together])

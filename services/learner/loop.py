@@ -259,7 +259,7 @@ class Loop:
                 self._ranks.broadcast_object(NOTHING)  # ends the scoring of the other ranks, which then step
 
             result = self._trainer.train(order.minibatches, now, before_first_step=cut)
-            trained = merge(self._ranks.all_gather_object(result))
+            trained = merge(self._ranks.gather_shares(result))
         self._publishing.finish()
         failpoints.reach("learner.after_step")
         self._confirm()

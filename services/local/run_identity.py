@@ -146,6 +146,7 @@ CHANGEABLE = (
     "learner.activation_checkpointing",
     "learner.activation_checkpointing_every",
     "learner.sharding",
+    "learner.context_parallel",
     "learner.publishing",
     "learner.proximal.prefetch",
     "learner.canary_trajectories",

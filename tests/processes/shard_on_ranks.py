@@ -112,7 +112,7 @@ def results(policy: TrainablePolicy, minibatches: list[list[Row]], ranks: Proces
 
     policy.step = noted  # type: ignore[method-assign]
     own = train(policy, WithRoutes(policy.model), ranks, minibatches, NOW, config=LEARNER)
-    together: StepResult = merge(ranks.all_gather_object(own))
+    together: StepResult = merge(ranks.gather_shares(own))
     return {
         "gradients": gradients,
         "masters": whole(policy, "data"),
@@ -147,8 +147,8 @@ def scores(model: torch.nn.Module, rows: list[Row], ranks: ProcessGroup) -> list
 
 
 def own_scores(model: torch.nn.Module, rows: list[Row], ranks: ProcessGroup) -> list[torch.Tensor]:
-    """Scores of this rank's rows by BatchScores; the first rank has more passes than the others."""
-    share: list[PaddedBatch] = [pad([row]) for row in rows[ranks.rank :: ranks.size][: 3 - 2 * ranks.rank]]
+    """Scores of this rank's rows by BatchScores; the first share has more passes than the others."""
+    share: list[PaddedBatch] = [pad([row]) for row in rows[ranks.share :: ranks.shares][: 3 - 2 * ranks.share]]
     batch_scores = BatchScores(share, ranks.device, max_tokens=1, fresh=0, ranks=ranks)
     batch_scores.score(model, batch_scores.of(NOW))
     return batch_scores.values

@@ -7,6 +7,7 @@ unequal lengths. `flash_attention_2` reads the same arguments. No mask of tokens
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.user_error import UserError
+from palimpsest.services.learner.model.context import ROWS, SlicedRows
+from palimpsest.services.learner.model.context_attention import attend_across_ranks, causal_in_blocks
 from palimpsest.services.learner.model.float32 import float32_forward
 from palimpsest.services.learner.model.output_head import decoder_of
 
@@ -144,14 +147,23 @@ def attend(
     """
     starts: Tensor | None = options.pop("cu_seq_lens_q", None)
     longest = options.pop("max_length_q", None)
-    if starts is None:
+    sliced: SlicedRows | None = options.pop(ROWS, None)
+    if starts is None and sliced is None:
         return _whole(module, query, key, value, attention_mask, **options)
     if attention_mask is not None:
         raise NotPackable("the model makes an attention mask of its own")
     if named := [name for name in OTHER_VALUES if options.get(name) is not None]:
         raise NotPackable(f"its attention has {named[0]}")
     half = query.dtype in (torch.bfloat16, torch.float16)
-    if query.is_cuda and half and query.shape[-1] == value.shape[-1] <= MOST_HEAD_SIZE:
+    varlen = query.is_cuda and half and query.shape[-1] == value.shape[-1] <= MOST_HEAD_SIZE
+    if sliced is not None:
+        if varlen:
+            causal = partial(_last_queries, scale=options.get("scaling"))
+        else:
+            causal = partial(causal_in_blocks, attention=lambda *tensors: _whole(module, *tensors, **options)[0])
+        return attend_across_ranks(query, key, value, sliced, causal), None
+    assert starts is not None
+    if varlen:
         return _varlen(query, key, value, starts, int(longest or query.shape[2]), options.get("scaling")), None
     return attend_in_rows(module, query, key, value, starts.diff().tolist(), **options), None
 
@@ -166,6 +178,21 @@ def attend_in_rows(
         for own_query, own_key, own_value in zip(queries, keys, values, strict=True)
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _last_queries(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:
+    """Causal attention of queries that belong to the last keys."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    sizes = query.shape[2], key.shape[2]
+    first, second = (torch.tensor([0, size], dtype=torch.int32, device=query.device) for size in sizes)
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    gqa = query.shape[1] != key.shape[1]
+    out = varlen_attn(
+        queries, keys, values, first, second, sizes[0], sizes[1], scale=scale, window_size=(-1, 0), enable_gqa=gqa
+    )
+    assert isinstance(out, Tensor)
+    return out[None]
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float | None) -> Tensor:

@@ -14,6 +14,7 @@ from palimpsest.common.model_limits import refuse_attention, refuse_layout
 from palimpsest.common.model_path import WHOLE, refuse_no_model, sentence
 from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.batch.batching import PaddedBatch
+from palimpsest.services.learner.model.context import SlicedRows, context_of
 from palimpsest.services.learner.model.device_batch import on_device
 from palimpsest.services.learner.model.logprobs import Positions, checkpointed_logprobs, chunked_logprobs
 from palimpsest.services.learner.model.lora import add_adapter
@@ -200,7 +201,12 @@ def _score(
     chunk: int = getattr(model, CHUNK_ATTRIBUTE, LOGPROB_CHUNK_TOKENS)
     positions = _positions(tokens, temperatures, wanted)
     arguments: dict[str, Any] = {"input_ids": tokens}
-    if rows is not None:
+    context, sliced = context_of(model), None
+    if rows is not None and context is not None:
+        sliced = SlicedRows.of(rows.starts.diff().tolist(), tokens.shape[1], context, tokens.device)
+        arguments, positions = sliced.arguments(tokens), positions.at(sliced.places)
+        positions = positions._replace(wanted=positions.wanted & sliced.inside)
+    elif rows is not None:
         arguments, positions = rows.arguments(tokens), positions.at(rows.places)
     head = find_head(model)
     if head is None:
@@ -213,6 +219,8 @@ def _score(
         else:
             after_decoder = head.logits
             values = checkpointed_logprobs(lambda part: after_decoder(hidden[part]), positions, chunk, entropy=entropy)
+    if sliced is not None:
+        values = (sliced.whole(values[0]), sliced.whole(values[1]))
     if rows is not None:
         values = (rows.spread(values[0], tokens.numel()), rows.spread(values[1], tokens.numel()))
     logprobs, entropies = (torch.nn.functional.pad(each.view(tokens.shape)[:, :-1], (1, 0)) for each in values)

@@ -23,7 +23,9 @@ Pass = Callable[[PaddedBatch], Float32Array]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scoring:
-    """Micro-batches that rank 0 broadcasts. Rank r of n scores every n-th micro-batch, starting with number r."""
+    """Micro-batches that rank 0 broadcasts. Rank r of n scores every n-th micro-batch, starting with number r.
+
+    Ranks that share rows count as one."""
 
     batches: tuple[PaddedBatch, ...]
 
@@ -37,7 +39,7 @@ class DistributedScorer:
     @property
     def width(self) -> int:
         """Number of micro-batches that the ranks score at the same time."""
-        return self._ranks.size
+        return self._ranks.shares
 
     def __call__(self, batches: Sequence[PaddedBatch]) -> list[Float32Array]:
         """Return the log-probs of each micro-batch, [rows, tokens] float32, nats."""
@@ -75,21 +77,21 @@ def model_scorer(model: torch.nn.Module, device: torch.device) -> Pass:
 
 def _share(ranks: ProcessGroup, batches: Sequence[PaddedBatch], forward: Pass) -> list[list[Float32Array]]:
     """Every rank's share of the values, in rank order."""
-    own = batches[ranks.rank :: ranks.size]
+    own = batches[ranks.share :: ranks.shares]
     if not ranks.equal_passes:
         score = tolerant(forward)  # a row that fails leaves this rank in step with the others
-        return ranks.all_gather_object([score(batch) for batch in own])
+        return ranks.gather_shares([score(batch) for batch in own])
     values: dict[int, Float32Array] = {}
     for i, batch in enumerate(own):
         try:
             values[i] = forward(batch)
         except Exception as error:
-            if not may_be_of_row(error):
+            if not ranks.completes_passes or not may_be_of_row(error):
                 raise
-    if len(own) < -(-len(batches) // ranks.size):
+    if len(own) < -(-len(batches) // ranks.shares):
         forward(empty_batch())
     failed = [i for i in range(len(own)) if i not in values]
-    if any(ranks.all_gather_object(bool(failed))):
+    if ranks.completes_passes and any(ranks.all_gather_object(bool(failed))):
         turns = Turns(ranks, idle=lambda: forward(empty_batch()))
 
         def in_turn(batch: PaddedBatch) -> Float32Array:
@@ -97,4 +99,4 @@ def _share(ranks: ProcessGroup, batches: Sequence[PaddedBatch], forward: Pass) -
                 return forward(batch)
 
         values |= turns.search(lambda: {i: tolerant(in_turn)(own[i]) for i in failed})
-    return ranks.all_gather_object([values[i] for i in range(len(own))])
+    return ranks.gather_shares([values[i] for i in range(len(own))])

@@ -25,6 +25,7 @@ def build_shards(config: RunConfig, ranks: ProcessGroup) -> Shards:
         ranks.device,
         logprob_chunk_tokens=learner.logprob_chunk_tokens,
         layout=learner.layout,
+        context=ranks.context,
     )
     model = files.build(holds=torch.float32, trains=True, offload=learner.offload == "optimizer")
     if learner.activation_checkpointing:

@@ -21,6 +21,7 @@ from palimpsest.common.model_limits import refuse_attention, refuse_layout
 from palimpsest.common.model_path import WHOLE, refuse_no_model, sentence
 from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.model.checkpoint_names import PartNames, part_names
+from palimpsest.services.learner.model.context import CONTEXT_ATTRIBUTE, Context
 from palimpsest.services.learner.model.output_head import CHUNK_ATTRIBUTE, find_head
 from palimpsest.services.learner.model.packing import PACKED, packed_attention, use_packing
 from palimpsest.services.learner.sharding.local_shards import local_parts
@@ -44,10 +45,13 @@ class ModelFiles:
         *,
         logprob_chunk_tokens: int = LOGPROB_CHUNK_TOKENS,
         layout: str = "padded",
+        context: Context | None = None,
     ) -> None:
-        """attention, logprob_chunk_tokens, layout: keys of the run. Raises UserError if it cannot be sharded."""
+        """attention, logprob_chunk_tokens, layout: keys of the run. context: ranks that share each row.
+
+        Raises UserError if it cannot be sharded."""
         refuse_no_model(path)
-        self._chunk, self._layout = logprob_chunk_tokens, layout
+        self._chunk, self._layout, self._context = logprob_chunk_tokens, layout, context
         self._path, self._attention, self._mesh, self._device = path, attention, mesh, device
         self._files = _tensor_files(path)
         self.errors = PassErrors()
@@ -81,6 +85,8 @@ class ModelFiles:
         model(find_head)  # recognized in the model's own precision
         if self._layout == PACKED:
             model(use_packing)
+        if self._context is not None:
+            setattr(causal, CONTEXT_ATTRIBUTE, self._context)
         return model
 
     def _empty(self) -> nn.Module:

@@ -35,13 +35,13 @@ def gather_weights(shards: Shards) -> list[RawTensor]:
 def score_canaries(shards: Shards, batches: Sequence[PaddedBatch], *, float32: bool) -> list[list[list[float]]]:
     """Return the log-probs of each batch, [rows][tokens], on every rank. Each rank computes its share."""
     ranks, model = shards.ranks, shards.policy.model
-    own = list(batches[ranks.rank :: ranks.size])
-    passes = -(-len(batches) // ranks.size)
+    own = list(batches[ranks.share :: ranks.shares])
+    passes = -(-len(batches) // ranks.shares)
     own += [empty_batch() for _ in range(passes - len(own))]
     with float32_forward(model) if float32 else nullcontext():
         values = [canary_logprobs(model, batch, ranks.device) for batch in own]
-    parts = ranks.all_gather_object(values)
-    return [parts[index % ranks.size][index // ranks.size] for index in range(len(batches))]
+    parts = ranks.gather_shares(values)
+    return [parts[index % ranks.shares][index // ranks.shares] for index in range(len(batches))]
 
 
 def sample_canaries(shards: Shards) -> list[Row]:

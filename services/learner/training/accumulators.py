@@ -50,7 +50,7 @@ class MicroBatchPass:
             advantages=self.advantages.cpu(),
             old=self.old,
             first=first,
-            passes=None if passes is None else np.where(passes >= 0, passes * ranks.size + ranks.rank, passes),
+            passes=None if passes is None else np.where(passes >= 0, passes * ranks.shares + ranks.share, passes),
         )
 
 

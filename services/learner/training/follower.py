@@ -44,7 +44,7 @@ def run_follower(
     while isinstance(order := serve_scoring(ranks, forward, shards), TrainOrder):
         if order.settings is not None:
             trainer.configure(order.settings)
-        ranks.all_gather_object(trainer.train(order.minibatches, order.version, before_first_step=cut))
+        ranks.gather_shares(trainer.train(order.minibatches, order.version, before_first_step=cut))
 
 
 def broadcast_state(policy: TrainablePolicy, state: TrainingState, ranks: ProcessGroup) -> None:

@@ -225,7 +225,7 @@ class Passes:
             own = on_device(version.batches[place], self._device)
             anchor = version.proximal.anchor(place, own.behavior, own.mask)
             parts.append((anchor.logprobs, own.behavior, own.mask, anchor.missing))
-        return limits(parts, rules, gather=self._ranks.all_gather_object)
+        return limits(parts, rules, gather=self._ranks.gather_shares)
 
     def _tau(self, version: VersionInputs, places: range, bounds: Limits) -> float:
         """M2PO's tau of a minibatch, from the current log-probs of all its tokens before the first backward pass."""
@@ -235,7 +235,7 @@ class Passes:
                 current = self._guard.forward(score_batch, version.batches, place)
             inputs, _, _ = self._inputs(version, place, current, bounds)
             squares.append(harmful_squares(inputs).cpu())
-        return m2po_tau(torch.cat(squares), self._config.loss.m2po.budget, gather=self._ranks.all_gather_object)
+        return m2po_tau(torch.cat(squares), self._config.loss.m2po.budget, gather=self._ranks.gather_shares)
 
     def _passes_with_baseline(
         self,

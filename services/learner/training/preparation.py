@@ -77,7 +77,7 @@ def prepare_batch(
         for i, batch in enumerate(batches)
     ]
     estimated = token_advantages(
-        kind, parts, gamma=config.advantages.gamma, lam=config.advantages.lam, gather=ranks.all_gather_object
+        kind, parts, gamma=config.advantages.gamma, lam=config.advantages.lam, gather=ranks.gather_shares
     )
     return Prepared(
         [torch.from_numpy(part.advantages).to(device) for part in estimated],

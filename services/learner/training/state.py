@@ -54,7 +54,7 @@ class TrainingState:
     def missed(self, ranks: ProcessGroup) -> dict[str, int]:
         """Return "reason/policy" -> tokens of all ranks without an old log-prob since the last call."""
         missed: dict[str, int] = {}
-        for part in ranks.all_gather_object(self.misses.take()):
+        for part in ranks.gather_shares(self.misses.take()):
             for (reason, policy), tokens in part.items():
                 missed[f"{reason}/{policy}"] = missed.get(f"{reason}/{policy}", 0) + tokens
         return missed

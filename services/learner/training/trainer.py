@@ -128,7 +128,7 @@ class Trainer:
                     sums.empty, sums.loss = sums.empty + 1, loss_before
                     self._passes.discard()
             sums.normalizers.append(passed.bounds.normalizer)
-        totals = TokenTotals.summed(self._ranks.all_gather_object(TokenTotals.of(results, now, sums)))
+        totals = TokenTotals.summed(self._ranks.gather_shares(TokenTotals.of(results, now, sums)))
         self._update_state(totals, now)
         self._state.expect(now)
         if self._device.type == "cpu":
@@ -155,8 +155,8 @@ class Trainer:
 
     def _micro_batches(self, minibatch: Sequence[Row]) -> list[PaddedBatch]:
         """This rank's share of a minibatch."""
-        shares = partition_by_rank(minibatch, self._ranks.size)
-        share = shares[self._ranks.rank]
+        shares = partition_by_rank(minibatch, self._ranks.shares)
+        share = shares[self._ranks.share]
         if self._config.vcpo.baseline:  # one trajectory for each pass, group after group
             share = sorted(share, key=lambda row: (row.group, len(row.tokens), row.trajectory))
             return [pad([row]) for row in share]
@@ -194,7 +194,7 @@ class Trainer:
             ratios = [
                 trajectory_log_ratio(one.current, one.behavior, one.mask)[one.mask.any(-1)].cpu() for one in inputs
             ]
-            share = ess(torch.cat([torch.empty(0, dtype=torch.float64), *ratios]), gather=self._ranks.all_gather_object)
+            share = ess(torch.cat([torch.empty(0, dtype=torch.float64), *ratios]), gather=self._ranks.gather_shares)
             factor = lr_factor(share, config.base, POWERS[config.lr_scaling])
         sums.lr_factors.append(factor)
         if not config.baseline:  # the baseline has summed them over the ranks

@@ -1,0 +1,107 @@
+"""Ranks that share rows compute what one rank computes with whole rows (learner.context_parallel)."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.learner_parts import families
+from tests.processes.context_on_ranks import CASES, FORWARD
+from tests.processes.waiting import LIMIT_S
+from tests.runs.run_process import ROOT
+
+pytestmark = pytest.mark.servers
+ROUNDING = 0.05
+"""Nats: bf16 rounding of a random model, as tests/unit/learner/model/test_packing.py bounds it."""
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Family or "attention" -> results of each rank; two ranks share each row."""
+    folder: Path = tmp_path_factory.mktemp("context")
+    models = [str(families.build(family, folder / family)) for family in ("Qwen3", "Llama (untied)")]
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}", "-m")
+    done = subprocess.run(
+        [sys.executable, *launcher, "tests.processes.context_on_ranks", *models, str(folder)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    return {
+        name: [torch.load(folder / f"{name} {rank}.pt", weights_only=False) for rank in range(request.param)]
+        for name in ("attention", *CASES)
+    }
+
+
+def test_attention_across_ranks_is_that_of_whole_rows(saved: Any) -> None:
+    for rank in saved["attention"]:
+        for part in ("output", "gradients"):
+            for own, expected in zip(rank["shared"][part], rank["alone"][part], strict=True):
+                assert float(expected.abs().max()) > 0.1
+                assert torch.allclose(own, expected, atol=1e-5)
+
+
+def test_keys_and_values_get_gradients_from_the_queries_of_other_ranks(saved: Any) -> None:
+    for rank in saved["attention"][:1]:  # the first chunk is seen by every other one
+        for own, expected in list(zip(rank["gradients stay"]["gradients"], rank["alone"]["gradients"], strict=True))[
+            1:
+        ]:
+            assert not torch.allclose(own, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_rows_have_the_log_probs_and_entropies_of_one_rank(saved: Any, family: str) -> None:
+    for rank in saved[family]:
+        for part in ("logprobs", "entropies"):
+            own, expected = rank["shared"][part], rank["alone"][part]
+            assert int(own.ne(0).sum()) == sum(row.trainable for row in FORWARD)
+            assert torch.allclose(own, expected, atol=ROUNDING)
+        assert len(rank["shared"]["scores"]) in (0, len(rank["alone"]["scores"]))  # those of rank 0
+        for own, expected in zip(rank["shared"]["scores"], rank["alone"]["scores"], strict=False):
+            assert torch.allclose(own, expected, atol=ROUNDING)
+        if len(saved[family]) == 2:  # one group has all rows
+            for own, expected in zip(rank["shared"]["own"], rank["alone"]["own"], strict=True):
+                assert torch.allclose(own, expected, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_positions_without_their_offset_give_other_log_probs(saved: Any, family: str) -> None:
+    for rank in saved[family]:
+        assert not torch.allclose(rank["shared positions"]["logprobs"], rank["alone"]["logprobs"], atol=2 * ROUNDING)
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_a_version_is_trained_as_on_one_rank(saved: Any, family: str) -> None:
+    rows = sorted(row.trajectory for minibatch in CASES[family] for row in minibatch)
+    for rank in saved[family]:
+        shared, alone = rank["shared"], rank["alone"]
+        assert shared["trained"] == alone["trained"] == rows
+        for own, expected in zip(shared["gradients"][0], alone["gradients"][0], strict=True):
+            scale = float(expected.float().norm())
+            assert float((own.float() - expected.float()).norm()) <= 0.05 * scale + 1e-6
+        assert any(float(gradient.abs().max()) > 1e-3 for gradient in shared["gradients"][0])
+        assert shared["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-2)
+        assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-2, abs=1e-5)
+        for own, expected in zip(shared["masters"], alone["masters"], strict=True):
+            assert torch.allclose(own, expected, rtol=1e-3, atol=2e-4)
+
+
+def test_ranks_that_share_rows_have_the_same_values(saved: Any) -> None:
+    for family in CASES:
+        first, second = saved[family][:2]
+        for part in ("logprobs", "entropies"):
+            assert torch.equal(first["shared"][part], second["shared"][part])
+
+
+def test_canaries_and_old_versions_are_those_of_one_rank(saved: Any) -> None:
+    for rank in saved["Qwen3"]:
+        found = rank["canaries"]
+        for own, expected in zip(found["sharded"], found["alone"], strict=True):
+            for row, values in zip(own, expected, strict=True):
+                assert row[0] == pytest.approx(values[0], abs=ROUNDING)
+        assert found["sharded"][1] != found["sharded"][0]  # float32 and bf16
+        for version, held in rank["walked"]["held"].items():
+            for name, values in held.items():
+                assert torch.equal(values.flatten(), rank["walked"]["expected"][version][name].flatten())
