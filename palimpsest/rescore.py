@@ -62,7 +62,8 @@ def main(run: Path, config: dict[str, Any], model: str | None, every: int) -> di
         store = snapshots(run, config, Path(folder))
         engine = config.get("learner", {}).get("routing_replay") == "engine"
         models = Models(store, path, attention, chunk, packed=packed)
-        return rescore(run / "records", models, every, engine=engine)
+        shared = learner.get("context_parallel", 1) > 1
+        return rescore(run / "records", models, every, engine=engine, shared=shared)
 
 
 def snapshots(run: Path, config: dict[str, Any], folder: Path) -> Path:
@@ -216,10 +217,13 @@ def score_packed(model: Any, tokens: np.ndarray, temperatures: np.ndarray, lengt
     return scored
 
 
-def rescore(records: Path, models: Models, every: int = 1, *, engine: bool = False) -> dict[str, Any]:
+def rescore(
+    records: Path, models: Models, every: int = 1, *, engine: bool = False, shared: bool = False
+) -> dict[str, Any]:
     """Compare the old log-prob of every recorded token. Raises Lacking if there is none.
 
-    engine: whether passes besides the training's replay the recorded experts, too.
+    engine: whether passes besides the training's replay the recorded experts, too. shared: whether ranks shared the
+    tokens of each row: no pass of one process has their layout.
     """
     if not any(records.glob("*.npz")):
         raise Lacking(f"{records} holds no batch: record the run with learner.record = true")
@@ -232,7 +236,8 @@ def rescore(records: Path, models: Models, every: int = 1, *, engine: bool = Fal
         present = sorted({int(v) for batch in batches for v in np.unique(batch["versions"])} - {UNTRAINABLE})
         versions.update(present)
         for version in present:
-            for tokens, temperatures, recorded, lengths, routes in passes(batches, version, engine=engine):
+            own_passes = () if shared else passes(batches, version, engine=engine)
+            for tokens, temperatures, recorded, lengths, routes in own_passes:
                 with given_experts(models(version), routes):
                     scored = score(models(version), tokens, temperatures, lengths if models.packed else None)
                 chosen = ~np.isnan(recorded)

@@ -12,6 +12,9 @@ For every trained token with an old log-prob, the command loads the stored versi
     alone         with its trajectory as one row without padding: how much do batch layouts differ?
     same layout   with the rows of the learner's pass: the values must be equal bit for bit
 
+With learner.context_parallel above 1, ranks share the tokens of each row, and the tokens are compared alone only:
+same_layout_tokens is 0.
+
 Versions in a bucket are downloaded first, with the credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
 
 Prints one JSON line: tokens, versions, alone_mean_abs and alone_max_abs (nats), same_layout_tokens (scored in

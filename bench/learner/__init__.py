@@ -11,6 +11,7 @@ torchrun (one thread each), the modes in turn, `--rounds` times:
     packed       the same with learner.layout = "packed"
     sharded      learner.sharding = "full"
     long         the same with learner.layout = "packed" and learner.activation_checkpointing
+    context      the same with learner.context_parallel = --ranks: all ranks share each row
     bare         transformers, fully_shard for each block, cross-entropy of all logits, AdamW: no learner around it
 
 A step trains on `--rows` rows. The longest has `--length` tokens, the shortest `--shortest` (default: equally many);
@@ -40,7 +41,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-MODES = ("replicated", "packed", "sharded", "long", "bare")
+MODES = ("replicated", "packed", "sharded", "long", "context", "bare")
 RATIOS = (
     ("step_ratio_to_bare", "bare", "sharded", "seconds"),
     ("cpu_ratio_to_bare", "bare", "sharded", "cpu_seconds"),

@@ -5,6 +5,7 @@ TASK is a JSON object: lengths (tokens of each row), micro_batch_tokens, vocabul
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from palimpsest.services.learner.training.trainer import Trainer
 PROMPT = 8
 """First tokens of a row, which are not trained on."""
 RATE = 1e-6
-SHARDED, PACKED = ("sharded", "long"), ("packed", "long")
+SHARDED, PACKED, AGAIN = ("sharded", "long", "context"), ("packed", "long", "context"), ("long", "context")
 """Modes of the learner; the bare loop is sharded by code of its own."""
 Step = Callable[[], object]
 
@@ -43,7 +44,9 @@ Step = Callable[[], object]
 def main(mode: str, model: str, result: Path, task: dict[str, Any]) -> None:
     """Measure one mode; rank 0 writes the largest values of the ranks."""
     torch.set_num_threads(1)
-    ranks = ProcessGroup(equal_passes=mode in SHARDED)
+    ranks = ProcessGroup(
+        equal_passes=mode in SHARDED, together=int(os.environ["WORLD_SIZE"]) if mode == "context" else 1
+    )
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before = _memory("VmRSS")
     batch = _rows(task["lengths"], task["vocabulary"])
@@ -98,9 +101,9 @@ def _learner(mode: str, model: str, batch: list[Row], ranks: ProcessGroup, *, mi
     policy: TrainablePolicy
     if mode in SHARDED:
         mesh = init_device_mesh("cpu", (ranks.size,))
-        files = ModelFiles(model, "sdpa", mesh, ranks.device, layout=layout)
+        files = ModelFiles(model, "sdpa", mesh, ranks.device, layout=layout, context=ranks.context)
         policy = ShardedPolicy(files.build(holds=torch.float32, trains=True), config.optimizer, ranks)
-        if mode == "long":
+        if mode in AGAIN:
             policy.model(checkpoint_activations)
     else:
         policy = TrainablePolicy(load_model(model, ranks.device, "sdpa", layout=layout), config.optimizer)
@@ -144,7 +147,13 @@ class _Sent(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, ranks: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         share = (ranks - 1) / ranks
-        self._factors = {"_allgather_base_": ranks - 1.0, "_reduce_scatter_base_": share, "allreduce_": 2 * share}
+        self._factors = {
+            "_allgather_base_": ranks - 1.0,
+            "allgather_": ranks - 1.0,
+            "alltoall_base_": share,
+            "_reduce_scatter_base_": share,
+            "allreduce_": 2 * share,
+        }
         self.bytes = 0.0
 
     def __torch_dispatch__(self, function: Any, _types: Any, arguments: Any = (), named: Any = None) -> Any:

@@ -41,7 +41,9 @@ def pass_shape(config: LearnerConfig, longest: int, attention: str) -> PassShape
     rows = 1 if config.vcpo.baseline else max(1, config.micro_batch_tokens // length)
     rest = max(0, config.micro_batch_tokens - rows * length) if packed and not config.vcpo.baseline else 0
     every = config.activation_checkpointing_every if config.activation_checkpointing else 0
-    return PassShape(rows, length, config.logprob_chunk_tokens, every, attention, packed, rest, config.lora)
+    return PassShape(
+        rows, length, config.logprob_chunk_tokens, every, attention, packed, rest, config.lora, config.context_parallel
+    )
 
 
 def _optimizer(rehearsed: Rehearsed, shares: int) -> list[Cause]:
@@ -96,15 +98,15 @@ def _moments(
         Cause("other tensors of the passes", rehearsed.training - rehearsed.kept, (*chunk, *pass_keys)),
         *more,
         *gathered,
+        *_keys(rehearsed, shape),
     )
     step = [Cause("denominators of AdamW, float32", -(-rehearsed.step // shares))]
     if ranks > 1 and shares == 1:
         step = [max(step[0], Cause("sum of the gradients over the ranks", FLOAT32 * rehearsed.model.trained),
                     key=lambda cause: cause.size)]  # fmt: skip
+    scoring = Cause("tensors of a scoring pass", rehearsed.scoring, pass_keys)
     return [
-        Moment(
-            "old log-probs", (Cause("tensors of a scoring pass", rehearsed.scoring, pass_keys), *more, *gathered[:1])
-        ),
+        Moment("old log-probs", (scoring, *more, *gathered[:1], *_keys(rehearsed, shape, backward=False))),
         Moment("training pass", training),
         Moment("optimizer step", tuple(step)),
     ]
@@ -120,8 +122,20 @@ def _gathered_weights(rehearsed: Rehearsed) -> tuple[Cause, Cause]:
     )
 
 
+def _keys(rehearsed: Rehearsed, shape: PassShape, *, backward: bool = True) -> tuple[Cause, ...]:
+    """Keys and values that a rank gathers from those it shares rows with. A layer holds them until its backward pass;
+    the layer that computes has them in two orders, and their gradients."""
+    if shape.context == 1:
+        return ()
+    model, every = rehearsed.model, shape.activation_checkpointing
+    held = model.layers - (-(-model.layers // every) if every else 0) if backward else 0
+    size = (held + (3 if backward else 2)) * shape.context * shape.own_tokens * model.key_bytes
+    keys = ("learner.activation_checkpointing",) if held else ()
+    return (Cause("keys and values of the ranks that share rows", size, (*keys, "learner.micro_batch_tokens")),)
+
+
 def _larger_blocks(rehearsed: Rehearsed, shape: PassShape) -> int:
     """Bytes by which the float32 blocks of a GPU exceed those of the rehearsal, which has a CPU's."""
-    logits = min(shape.chunk, shape.tokens) * rehearsed.model.vocabulary
+    logits = min(shape.chunk, shape.own_tokens) * rehearsed.model.vocabulary
     blocks = [min(logits, entries) for entries in (BLOCK_ENTRIES_ELSEWHERE, BLOCK_ENTRIES["cpu"])]
     return FLOAT32_BLOCKS * FLOAT32 * (blocks[0] - blocks[1])

@@ -53,6 +53,8 @@ class PassShape:
     """Tokens of one more row of a packed pass, shorter than the others."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """learner.lora"""
+    context: int = 1
+    """learner.context_parallel"""
 
     @property
     def lengths(self) -> list[int]:
@@ -63,6 +65,13 @@ class PassShape:
     def tokens(self) -> int:
         """Tokens of the pass."""
         return self.rows * self.length + self.rest
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of the pass that one rank computes: with learner.context_parallel two of 2 N chunks of each row."""
+        if self.context == 1:
+            return self.tokens
+        return sum(2 * -(-length // (2 * self.context)) for length in self.lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +98,10 @@ class ModelSize:
     """Number of parameters of the largest block; 0 if transformers names no blocks."""
     outside: int
     """Number of parameters outside the blocks: embedding, last norm, head."""
+    layers: int = 0
+    """Number of layers."""
+    key_bytes: int = 0
+    """Keys and values of a token in one layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +219,7 @@ def _rehearse(model: torch.nn.Module, shape: PassShape) -> Rehearsed:
         keep_layer_inputs(model, every=shape.activation_checkpointing)
     policy = TrainablePolicy(model, OptimizerConfig())
     known = [*model.parameters(), *model.buffers(), *policy.masters, *policy.gradients()]
-    size = (1, shape.tokens) if shape.packed else (shape.rows, shape.length)
+    size = (1, shape.own_tokens) if shape.packed else (shape.rows, shape.length)
     tokens = torch.zeros(size, dtype=torch.int64)
     with LiveBytes(known) as scoring, torch.no_grad():
         _logprobs(model, head, tokens, shape.chunk, entropy=False)
@@ -224,7 +237,11 @@ def _rehearse(model: torch.nn.Module, shape: PassShape) -> Rehearsed:
 
 def _size(model: torch.nn.Module) -> ModelSize:
     causal: Any = model
-    own = list(model.parameters())
+    values, own = causal.config.get_text_config(), list(model.parameters())
+    model_type: torch.dtype = own[0].dtype
+    heads = getattr(values, "num_attention_heads", None) or 1
+    key_heads = getattr(values, "num_key_value_heads", None) or heads
+    head_size = getattr(values, "head_dim", None) or getattr(values, "hidden_size", 0) // heads
     trained = [p for p in own if p.requires_grad]
     decoder = [p for p in decoder_of(model).parameters() if p.requires_grad]
     blocks = [sum(p.numel() for p in block.parameters()) for block in _blocks(model)]
@@ -239,6 +256,8 @@ def _size(model: torch.nn.Module) -> ModelSize:
         decoder_parameters=sum(p.numel() for p in decoder),
         largest_block=max(blocks, default=0),
         outside=sum(p.numel() for p in own) - sum(blocks),
+        layers=int(getattr(values, "num_hidden_layers", 0)),
+        key_bytes=2 * model_type.itemsize * int(key_heads) * int(head_size),
     )
 
 

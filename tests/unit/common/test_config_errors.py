@@ -330,3 +330,12 @@ def test_what_needs_a_whole_model_is_refused_with_sharding(run: Path, flag: str,
     loaded(run, *flags)
     message = refused(run, "--learner.sharding=full", *flags)
     assert f'sharding = "full" does not support it: {reason}' in message
+
+
+def test_ranks_share_rows_only_where_they_compute_what_one_rank_would(run: Path) -> None:
+    shared = ("--learner.context_parallel=2", "--learner.sharding=full", "--learner.layout=packed")
+    loaded(run, *shared)
+    for other in ("--learner.sharding=none", "--learner.layout=padded", "--learner.sharding=hybrid"):
+        assert 'context_parallel = 2 needs sharding = "full" and layout = "packed"' in refused(run, *shared, other)
+    message = refused(run, *shared, "--model.attention=flash_attention_2")
+    assert 'learner.context_parallel = 2 needs model.attention = "sdpa"' in message

@@ -128,6 +128,24 @@ def test_the_plan_of_packed_rows_counts_no_padding(rank: int, tmp_path: Path) ->
     assert (filled.rows, filled.rest, filled.tokens) == (2, 50, 2 * LENGTH + 50)
 
 
+def test_a_rank_that_shares_rows_holds_its_part_of_the_activations(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(DENSE, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    learner = a_learner(discrepancy=UNCORRECTED, micro_batch_tokens=8 * LENGTH, layout="packed", sharding="full")
+    kept = []
+    for context in (1, 2):
+        shape = pass_shape(learner.model_copy(update={"context_parallel": context}), 8 * LENGTH, "sdpa")
+        assert shape.own_tokens == 8 * LENGTH // context
+        memory = learner_memory(learner, rehearse(str(tmp_path), shape), shape, ranks=2, gpu=False)
+        causes = {cause.name: cause.size for cause in memory.moments[1].causes}
+        kept.append(causes["activations kept for the backward pass"])
+        keys = 2 * 2 * DENSE.num_key_value_heads * DENSE.head_dim
+        held = DENSE.num_hidden_layers + 3  # and of one layer in another order, and two gradients
+        assert causes.get("keys and values of the ranks that share rows", 0) == (
+            held * 8 * LENGTH * keys if context > 1 else 0
+        )
+    assert kept[1] == pytest.approx(kept[0] / 2, rel=0.02)
+
+
 def test_with_an_adapter_only_the_base_has_the_models_size(run_file: Path) -> None:
     text, _ = run_command([str(run_file), "--gpus=2x80", "--json", "--learner.lora.rank=4"])
     plan = json.loads(text)

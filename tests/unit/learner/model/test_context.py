@@ -49,5 +49,6 @@ def test_the_last_queries_attend_to_the_keys_up_to_their_own(
     expected.square().sum().backward()  # type: ignore[no-untyped-call]
     found.square().sum().backward()  # type: ignore[no-untyped-call]
     for own, other in zip(parts, whole, strict=True):
-        assert own.grad is not None and other.grad is not None
+        assert own.grad is not None
+        assert other.grad is not None
         assert torch.allclose(own.grad, other.grad, atol=1e-5)

@@ -70,10 +70,10 @@ class Recorded:
         rows = [list(minibatch) for minibatch in self.minibatches]
         BatchDump(folder / "records").record(Batch(NOW, Version(NOW + 1), [], rows, [], 0), self.trained)
 
-    def rescored(self) -> dict[str, Any]:
+    def rescored(self, *, shared: bool = False) -> dict[str, Any]:
         attention = "sdpa" if self._packed else "eager"
         models = Models(self._folder / "store", str(self._model), attention, packed=self._packed)
-        return rescore(self._folder / "records", models)
+        return rescore(self._folder / "records", models, shared=shared)
 
     @staticmethod
     def _rows(model: torch.nn.Module, kind: str, numbers: range) -> list[Row]:
@@ -151,3 +151,13 @@ def test_a_record_without_a_layout_is_refused(tmp_path: Path, starting_model: Pa
     np.savez(file, **kept)
     with pytest.raises(Lacking, match="lacks passes_0: an older release recorded the run"):
         run.rescored()
+
+
+def test_a_run_whose_ranks_share_rows_is_compared_alone_only(
+    tmp_path: Path, starting_model: Path, store: SnapshotClient
+) -> None:
+    """No pass of one process has the layout of learner.context_parallel."""
+    run = Recorded(tmp_path, starting_model, store, "snapshot")
+    seen = run.rescored(shared=True)
+    assert (seen["same_layout_tokens"], seen["same_layout_unequal"]) == (0, 0)
+    assert seen["tokens"] == sum(row.trainable for minibatch in run.minibatches for row in minibatch)
