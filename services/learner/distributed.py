@@ -7,14 +7,14 @@ Every rank holds a full copy of the model, or a shard of it, and a share of each
 import datetime
 import os
 from collections.abc import Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from palimpsest.common.user_error import UserError
-from palimpsest.services.learner.model.context import Context
 
 T = TypeVar("T")
 NOTHING: tuple[object] = (None,)
@@ -22,6 +22,37 @@ NOTHING: tuple[object] = (None,)
 TIME_LIMIT = datetime.timedelta(days=1)
 """Time limit of a collective operation. It is long because other ranks wait in one while rank 0 waits for data;
 torchrun ends all ranks when one dies."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Context:
+    """The ranks that share each row."""
+
+    rank: int
+    """Of this process in the group."""
+    size: int
+    group: Any
+    """The process group of torch.distributed."""
+
+    def gather(self, own: Tensor) -> Tensor:
+        """Return the tensors of all ranks, one after another along the first dimension. They have one shape."""
+        sent = own.detach().contiguous()
+        result = sent.new_empty(self.size * len(sent), *sent.shape[1:])
+        dist.all_gather(list(_bytes(result).chunk(self.size)), _bytes(sent), group=self.group)
+        return result
+
+    def sum_of_shares(self, values: Tensor) -> Tensor:
+        """Return the sum over the ranks of the own part of `values`, which has a part for each rank along the first
+        dimension. Added in float32 in the order of the ranks, so that a repetition has the same bits."""
+        sent = values.contiguous()
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(_bytes(received), _bytes(sent), group=self.group)
+        first, *others = received.view(self.size, -1, *values.shape[1:]).unbind()
+        total = first.float()
+        for part in others:
+            total = total + part.float()
+        result: Tensor = total.to(values.dtype)
+        return result
 
 
 class ProcessGroup:
@@ -112,3 +143,8 @@ def _context(size: int, rank: int, together: int) -> Context:
         dist.new_group(list(range(first, first + together)), timeout=TIME_LIMIT) for first in range(0, size, together)
     ]
     return Context(rank % together, together, groups[rank // together])
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The same memory as numbers of 8 bits: gloo does not move every type."""
+    return tensor.view(torch.uint8)

@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import scaled_dot_product_attention
 
 from palimpsest.services.learner.batch.batching import pad
-from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.distributed import Context, ProcessGroup
 from palimpsest.services.learner.model import context_attention as blocks
-from palimpsest.services.learner.model.context import Context, SlicedRows
+from palimpsest.services.learner.model.context import SlicedRows
 from palimpsest.services.learner.model.context_attention import attend_across_ranks, causal_in_blocks
 from palimpsest.services.learner.model.policy import checkpoint_activations, load_model, score_batch_and_entropy
 from palimpsest.services.learner.model.trainable import TrainablePolicy

@@ -15,44 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from palimpsest.services.learner.distributed import Context
 
 CONTEXT_ATTRIBUTE = "context_group"
 """Attribute of a causal model: the Context of its passes."""
 ROWS = "context_rows"
 """Argument of the attention: where the tokens of a pass are. The model passes it through."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Context:
-    """The ranks that share each row."""
-
-    rank: int
-    """Of this process in the group."""
-    size: int
-    group: Any
-    """The process group of torch.distributed."""
-
-    def gather(self, own: Tensor) -> Tensor:
-        """Return the tensors of all ranks, one after another along the first dimension. They have one shape."""
-        sent = own.detach().contiguous()
-        result = sent.new_empty(self.size * len(sent), *sent.shape[1:])
-        dist.all_gather(list(_bytes(result).chunk(self.size)), _bytes(sent), group=self.group)
-        return result
-
-    def sum_of_shares(self, values: Tensor) -> Tensor:
-        """Return the sum over the ranks of the own part of `values`, which has a part for each rank along the first
-        dimension. Added in float32 in the order of the ranks, so that a repetition has the same bits."""
-        sent = values.contiguous()
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(_bytes(received), _bytes(sent), group=self.group)
-        first, *others = received.view(self.size, -1, *values.shape[1:]).unbind()
-        total = first.float()
-        for part in others:
-            total = total + part.float()
-        result: Tensor = total.to(values.dtype)
-        return result
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,8 +136,3 @@ class _Values(torch.autograd.Function):
         rows: SlicedRows = ctx.rows
         everywhere = gradient.new_zeros(ctx.count * rows.context.size).index_copy(0, rows.kept, gradient)
         return everywhere.view(rows.context.size, -1)[rows.context.rank], None
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """The same memory as numbers of 8 bits: gloo does not move every type."""
-    return tensor.view(torch.uint8)

@@ -20,8 +20,9 @@ from palimpsest.common.config.learner import LOGPROB_CHUNK_TOKENS
 from palimpsest.common.model_limits import refuse_attention, refuse_layout
 from palimpsest.common.model_path import WHOLE, refuse_no_model, sentence
 from palimpsest.common.user_error import UserError
+from palimpsest.services.learner.distributed import Context
 from palimpsest.services.learner.model.checkpoint_names import PartNames, part_names
-from palimpsest.services.learner.model.context import CONTEXT_ATTRIBUTE, Context
+from palimpsest.services.learner.model.context import CONTEXT_ATTRIBUTE
 from palimpsest.services.learner.model.output_head import CHUNK_ATTRIBUTE, find_head
 from palimpsest.services.learner.model.packing import PACKED, packed_attention, use_packing
 from palimpsest.services.learner.sharding.local_shards import local_parts

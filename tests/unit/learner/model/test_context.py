@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from palimpsest.services.learner.distributed import Context
 from palimpsest.services.learner.model import context_attention
-from palimpsest.services.learner.model.context import Context, SlicedRows
+from palimpsest.services.learner.model.context import SlicedRows
 from palimpsest.services.learner.model.context_attention import causal_in_blocks
 from tests.learner_parts.models import CPU
 
