@@ -89,7 +89,7 @@ class SlicedRows:
         [1, heads, own tokens, head size] -> [1, heads, tokens of all ranks, head size]
         """
         both = torch.cat([key, value], dim=-1)[0].transpose(0, 1)
-        gathered: Tensor = _Gathered.apply(both, self)  # type: ignore[no-untyped-call]
+        gathered: Tensor = _KeysOfAll.apply(both, self)  # type: ignore[no-untyped-call]
         keys, values = torch.split(gathered.transpose(0, 1)[None], [key.shape[-1], value.shape[-1]], dim=-1)
         return keys, values
 
@@ -109,7 +109,7 @@ def context_of(model: torch.nn.Module) -> Context | None:
     return context
 
 
-class _Gathered(torch.autograd.Function):
+class _KeysOfAll(torch.autograd.Function):
     """Tensors of all ranks; each rank's gradients of them are added up where the tokens are."""
 
     @staticmethod
