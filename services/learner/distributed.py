@@ -83,6 +83,9 @@ class ProcessGroup:
         self.shares, self.share = self.size // together, self.rank // together
         """Number of shares of the rows, and the one of this rank. Ranks that share rows have the same."""
         self.context = _context(self.size, self.rank, together) if together > 1 else None
+        self.completes_passes = together == 1
+        """Whether a pass that fails on a row can be completed, and its rows be searched. Not if ranks share rows: their
+        attention layers exchange keys in each pass."""
 
     @property
     def is_rank0(self) -> bool:

@@ -18,16 +18,21 @@ ROUNDING = 0.05
 """Nats: bf16 rounding of a random model, as tests/unit/learner/model/test_packing.py bounds it."""
 
 
+def on_ranks(number: int, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run the program on this number of ranks."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}", "-m")
+    return subprocess.run(
+        [sys.executable, *launcher, "tests.processes.context_on_ranks", *arguments],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S, check=False,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module", params=[2, 4])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """Family or "attention" -> results of each rank; two ranks share each row."""
     folder: Path = tmp_path_factory.mktemp("context")
     models = [str(families.build(family, folder / family)) for family in ("Qwen3", "Llama (untied)")]
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}", "-m")
-    done = subprocess.run(
-        [sys.executable, *launcher, "tests.processes.context_on_ranks", *models, str(folder)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S, check=False,
-    )  # fmt: skip
+    done = on_ranks(request.param, *models, str(folder))
     assert done.returncode == 0, done.stdout[-4000:]
     return {
         name: [torch.load(folder / f"{name} {rank}.pt", weights_only=False) for rank in range(request.param)]
@@ -105,3 +110,9 @@ def test_canaries_and_old_versions_are_those_of_one_rank(saved: Any) -> None:
         for version, held in rank["walked"]["held"].items():
             for name, values in held.items():
                 assert torch.equal(values.flatten(), rank["walked"]["expected"][version][name].flatten())
+
+
+def test_a_row_that_fails_ends_all_ranks_with_its_error(tmp_path: Path) -> None:
+    done = on_ranks(2, str(families.build("Qwen3", tmp_path / "model")))
+    assert done.returncode != 0
+    assert "RuntimeError: this row fails" in done.stdout

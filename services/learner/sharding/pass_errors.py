@@ -107,7 +107,7 @@ def completing(model: torch.nn.Module) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(model, FSDPModule) and may_be_of_row(error):
+        if isinstance(model, FSDPModule) and model.completes_passes and may_be_of_row(error):
             complete_backward(model)
         raise
 

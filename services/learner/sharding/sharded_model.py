@@ -8,6 +8,7 @@ The weights that compute are the shards cast to `computes`: bf16 for float32 mas
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from palimpsest.common.user_error import UserError
+from palimpsest.services.learner.model.context import context_of
 from palimpsest.services.learner.model.failing_rows import may_be_of_row
 from palimpsest.services.learner.model.output_head import decoder_of
 from palimpsest.services.learner.sharding.pass_errors import BlockGuard, PassErrors, complete_backward
@@ -60,15 +62,15 @@ class ShardedModel(torch.nn.Module):
     def score(self, function: Callable[[torch.nn.Module], T], failed: Callable[[], T]) -> T:
         """Return `function(causal)`, which makes one forward pass. All ranks must call it.
 
-        If it fails on a row, all ranks still complete the pass, and also the backward pass that follows one with
-        gradient. Then this rank raises the error. A pass without gradient returns `failed()` inside of
+        If it fails on a row and `completes_passes`, all ranks still complete the pass, and also the backward pass that
+        follows one with gradient. Then this rank raises the error. A pass without gradient returns `failed()` inside of
         `errors.deferred`.
         """
         gradient, root = torch.is_grad_enabled(), self._root()
         # The weights outside the blocks stay whole for the backward pass, which needs them first and frees them.
         root.set_reshard_after_forward(not gradient, recurse=False)
         try:
-            with self.guard.guarding():
+            with self.guard.guarding() if self.completes_passes else nullcontext():
                 result: T = self(function)
             if (error := self.guard.error) is None:
                 return result
@@ -80,6 +82,12 @@ class ShardedModel(torch.nn.Module):
         finally:
             self.guard.error = None
             root.set_reshard_after_forward(True, recurse=False)
+
+    @property
+    def completes_passes(self) -> bool:
+        """Whether a rank can complete a pass that fails on it. Not with context parallelism: the other ranks wait for
+        its keys."""
+        return context_of(self.causal) is None
 
     def _root(self) -> Any:
         return self

@@ -122,12 +122,12 @@ class Passes:
                 passes.append(self._pass(version, place, denominators, bounds, sums))
                 self._train_critic(version, place, denominators)
             except Exception as error:
-                if not may_be_of_row(error):
+                if not self._ranks.completes_passes or not may_be_of_row(error):
                     raise
                 failed = failed or error
                 if not self._ranks.equal_passes:
                     break
-        if failed is None and look and not self._is_finite():
+        if failed is None and look and self._ranks.completes_passes and not self._is_finite():
             failed = NotFinite()
         return passes, failed
 
