@@ -1,10 +1,10 @@
 """The `learner.lora` section."""
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from palimpsest.common.config.section import PositiveFloat, Section
+from palimpsest.common.config.section import FilePath, PositiveFloat, Section
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear layers of most decoder blocks."""
@@ -22,3 +22,15 @@ class LoraConfig(Section):
     ] = TARGETS
     """Names of the linear layers that get an adapter: the last part of a layer's name, or more parts of it. A name that
     no layer has is refused. The output head and the embedding cannot have one."""
+    start: FilePath | None = None
+    """Folder of the adapter that the run begins with, as `palimpsest export --adapter` writes it. Its rank, alpha,
+    targets and base model must be those of the run. The learner reads it when the run begins, not when it is resumed.
+    Default: a new adapter, with which version 0 computes what the base model computes."""
+
+    @model_validator(mode="after")
+    def _start_needs_a_rank(self) -> Self:
+        if self.start is not None and not self.rank:
+            raise ValueError(
+                f'start = "{self.start}" needs a rank: set rank, alpha and targets to those of this adapter'
+            )
+        return self

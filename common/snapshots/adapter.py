@@ -23,6 +23,8 @@ PREFIX = "base_model.model."
 """Begin of a tensor's name in files of peft; the name of the layer in the base model follows."""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """Files of a folder that peft and vLLM load."""
+BASE_DIGEST = "palimpsest_base"
+"""Key in the metadata of WEIGHTS: the digest of the base model. peft and vLLM ignore it."""
 
 
 def peft_config(adapter: Adapter, base_model: str | None = None) -> dict[str, object]:

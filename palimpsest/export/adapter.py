@@ -6,7 +6,7 @@ from pathlib import Path
 
 from palimpsest.common.base_model import base_digest
 from palimpsest.common.files import write
-from palimpsest.common.snapshots.adapter import CONFIG, PREFIX, WEIGHTS, Adapter, peft_config
+from palimpsest.common.snapshots.adapter import BASE_DIGEST, CONFIG, PREFIX, WEIGHTS, Adapter, peft_config
 from palimpsest.common.snapshots.frames import RawTensor
 from palimpsest.common.snapshots.manifest import Manifest
 from palimpsest.common.user_error import UserError
@@ -18,11 +18,12 @@ from palimpsest.export.starting_model import StartingModel
 def write_adapter(
     tensors: Iterator[RawTensor], manifest: Manifest, adapter: Adapter, starting: StartingModel, folder: Path
 ) -> None:
-    """Write the adapter's tensors, as stored, and its config, which names the base by hub id or folder."""
+    """Write the adapter's tensors, as stored, and its config, which names the base by hub id or folder; the metadata
+    of the tensors has the base's digest."""
     base = starting.hub_id or str(starting.folder.resolve())
     write(folder / CONFIG, (json.dumps(peft_config(adapter, base), indent=2) + "\n").encode())
     with (folder / WEIGHTS).open("wb") as opened:
-        file = SafetensorsFile(opened, manifest.tensors)
+        file = SafetensorsFile(opened, manifest.tensors, {BASE_DIGEST: adapter.base})
         for tensor in tensors:
             file.write(tensor)
         file.sync()

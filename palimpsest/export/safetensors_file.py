@@ -8,7 +8,7 @@ tensor is aligned.
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
 from palimpsest.common.snapshots.frames import RawTensor
@@ -35,9 +35,12 @@ ALIGNMENT = 8
 class SafetensorsFile:
     """Writes the header on creation, and each tensor at its offset. The caller opens and closes the file."""
 
-    def __init__(self, file: BinaryIO, tensors: Sequence[TensorEntry]) -> None:
+    def __init__(
+        self, file: BinaryIO, tensors: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """metadata: for the header, beside the format."""
         self._file, self._places = file, dict[str, int]()
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
         start = 0
         for entry in sorted(tensors, key=lambda entry: -ITEMSIZE[entry.dtype]):
             header[entry.name] = {

@@ -9,7 +9,6 @@ palimpsest dead-letters list RUN.toml     (see `palimpsest dead-letters --help`)
 import os
 import sys
 from functools import partial
-from typing import TYPE_CHECKING
 
 from palimpsest.common.base_model import own_adapter
 from palimpsest.common.config import Invocation
@@ -23,10 +22,6 @@ from palimpsest.common.service import Starting, Stop
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.trajectory_limit import trajectory_limit
 from palimpsest.common.user_error import UserError
-
-if TYPE_CHECKING:  # torch
-    from palimpsest.services.learner.distributed import ProcessGroup
-    from palimpsest.services.learner.model.trainable import TrainablePolicy
 
 
 def body(invocation: Invocation, stop: Stop) -> None:
@@ -54,6 +49,7 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer
     from palimpsest.services.learner.sharding.build import build_shards
     from palimpsest.services.learner.training.build import build_training_state
+    from palimpsest.services.learner.training.build_policy import build_policy
     from palimpsest.services.learner.training.follower import run_follower
     from palimpsest.services.learner.training.trainer import Trainer
 
@@ -66,9 +62,6 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
         refuse_tokenizer(config.model.path)
     adapter = own_adapter(config)
     shards = build_shards(config, ranks) if sharded else None
-    policy = shards.policy if shards is not None else _whole_policy(config, ranks)
-    if config.learner.routing_replay != "none":
-        refuse_unroutable(policy.model)
     kept = config.snapshot_store
     with SnapshotClient(
         config.store_url,
@@ -76,6 +69,9 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
         ca_file=kept.ca_file,
         sleep_without_room=partial(wait_for_room, stop),
     ) as store:
+        policy = shards.policy if shards is not None else build_policy(config, ranks, store, adapter)
+        if config.learner.routing_replay != "none":
+            refuse_unroutable(policy.model)
         state = build_training_state(
             config.learner,
             policy,
@@ -101,17 +97,6 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
         else:
             run_follower(policy, state, trainer, ranks, forward, shards)
     ranks.close()
-
-
-def _whole_policy(config: RunConfig, ranks: "ProcessGroup") -> "TrainablePolicy":
-    """The policy with all weights on this rank."""
-    from palimpsest.services.learner.model.policy import checkpoint_activations, load_policy
-    from palimpsest.services.learner.model.trainable import TrainablePolicy
-
-    model = load_policy(config, ranks.device)
-    if config.learner.activation_checkpointing:
-        checkpoint_activations(model, every=config.learner.activation_checkpointing_every)
-    return TrainablePolicy(model, config.learner.optimizer, offload=config.learner.offload == "optimizer")
 
 
 def wait_for_room(stop: Stop, seconds: float) -> None:

@@ -1,7 +1,8 @@
 """Training state beside the policy: the other objects with a state that a checkpoint must hold.
 
 These are the proximal source (a moving average has a state), the critic, R2VPO's multiplier and EPO's history of
-entropies. The starting model, from which the KL divergence is measured, is here too; it is built again at a restart.
+entropies. The starting model, from which the KL divergence is measured, is here too. A restart builds it again; if it
+has an adapter, the adapter is in the checkpoint.
 """
 
 import math
@@ -15,6 +16,7 @@ from palimpsest.common.versions import Version
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.losses.entropy import EntropyHistory
 from palimpsest.services.learner.model.critic import Critic
+from palimpsest.services.learner.model.lora import adapter_weights
 from palimpsest.services.learner.old_logprobs.missing import MissingCounter
 from palimpsest.services.learner.old_logprobs.snapshot_source import SnapshotSource
 from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
@@ -80,6 +82,7 @@ class TrainingState:
         parts = {
             "source": self.stateful_source.state() if self.stateful_source else {},
             "critic": self.critic.state() if self.critic else {},
+            "start": self._starting_adapter(),
             "scalars": {
                 "multiplier": torch.tensor(self.multiplier, dtype=torch.float64),
                 "entropies": torch.tensor(history["mean"], dtype=torch.float64),
@@ -98,12 +101,21 @@ class TrainingState:
             self.stateful_source.restore(parts.get("source", {}))
         if self.critic:
             self.critic.restore(parts.get("critic", {}))
+        if "start" in parts and self.start is not None:
+            adapter = adapter_weights(self.start) or {}
+            for name, tensor in parts["start"].items():
+                adapter[name].copy_(tensor)
         scalars = parts["scalars"]
         self.multiplier = float(scalars["multiplier"])
         histories = {"mean": scalars["entropies"].tolist()}
         if "entropy_turns" in scalars:  # not in a checkpoint of an older release
             histories["turns"] = scalars["entropy_turns"].tolist()
         self.entropies.restore(histories)
+
+    def _starting_adapter(self) -> dict[str, Tensor]:
+        """The adapter of version 0, float32: a restart does not read learner.lora.start. {} if there is none."""
+        adapter = None if self.start is None else adapter_weights(self.start)
+        return {name: tensor.float() for name, tensor in (adapter or {}).items()}
 
 
 def split_checkpoint(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -314,6 +314,11 @@ def test_keys_of_an_adapter_are_checked(run: Path, adapter: str, message: str) -
     assert message in refusal
 
 
+def test_a_starting_adapter_needs_a_rank(run: Path) -> None:
+    loaded(run, "--learner.lora.start=first", "--learner.lora.rank=4")
+    assert 'start = "first" needs a rank' in refused(run, "--learner.lora.start=first")
+
+
 @pytest.mark.parametrize(
     ("flag", "reason"),
     [

@@ -124,3 +124,10 @@ def test_a_kind_with_other_keys_is_compared_key_by_key(tmp_path: Path) -> None:
     found = {key: (old, new) for key, old, new in differences(one, two)}
     assert found["learner.proximal.kind"] == ("snapshot", "ppo_ewma_async")
     assert found["learner.proximal.patience"] == (None, 3)
+
+
+def test_the_starting_adapter_is_part_of_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"learner\.lora\.start: .*'one'.* there, .*'two'.* here"):
+        resumed(tmp_path, RUN + 'learner.lora = { rank = 4, start = "one" }\n', "--learner.lora.start=two")
+    same = load(["--resume", str(tmp_path / "t"), "--learner.lora.start=one"], {}, program="")
+    assert resolve(same).learner.lora.start == Path("one")

@@ -148,6 +148,10 @@ def test_a_rank_that_shares_rows_holds_its_part_of_the_activations(tmp_path: Pat
 
 def test_with_an_adapter_only_the_base_has_the_models_size(run_file: Path) -> None:
     text, _ = run_command([str(run_file), "--gpus=2x80", "--json", "--learner.lora.rank=4"])
+    with_start, _ = run_command(
+        [str(run_file), "--gpus=2x80", "--json", "--learner.lora.rank=4", "--learner.lora.start=none"]
+    )
+    assert with_start == text, "a plan does not read the adapter that the run begins with"
     plan = json.loads(text)
     layer = (64 + 64) + 2 * (64 + 32) + (64 + 64) + 3 * (64 + 192)  # inputs and outputs of the seven layers of a block
     held = plan["learner"]["held"]
