@@ -56,7 +56,7 @@ def begun(base: Path, folder: Path) -> torch.nn.Module:
     return model
 
 
-def check_log_probs(model: torch.nn.Module, oracle: Any, base: Path) -> None:
+def check_logprobs(model: torch.nn.Module, oracle: Any, base: Path) -> None:
     """Compare a model's log-probs to those of a model that peft loaded, bit for bit."""
     logits = oracle(input_ids=TOKENS).logits
     assert torch.equal(model(input_ids=TOKENS).logits, logits)
@@ -69,7 +69,7 @@ def check_log_probs(model: torch.nn.Module, oracle: Any, base: Path) -> None:
 def test_an_exported_adapter_computes_what_it_computes_in_peft(starting_model: Path, exported: Path) -> None:
     oracle = PeftModel.from_pretrained(load(starting_model), exported, autocast_adapter_dtype=False).eval()
     model = begun(starting_model, exported)
-    check_log_probs(model, oracle, starting_model)
+    check_logprobs(model, oracle, starting_model)
     stored = own_adapter(adapted(starting_model, seed=3))
     assert all(torch.equal(each, stored[name]) for name, each in own_adapter(model).items())
 
@@ -84,7 +84,7 @@ def test_an_adapter_saved_by_peft_computes_what_it_computes_in_peft(starting_mod
     made = get_peft_model(load(starting_model), settings, autocast_adapter_dtype=False)  # type: ignore[arg-type]
     made.save_pretrained(str(tmp_path / "own"))
     oracle = PeftModel.from_pretrained(load(starting_model), tmp_path / "own", autocast_adapter_dtype=False).eval()
-    check_log_probs(begun(starting_model, tmp_path / "own"), oracle, starting_model)
+    check_logprobs(begun(starting_model, tmp_path / "own"), oracle, starting_model)
 
 
 def set_config(folder: Path, **changed: Any) -> None:
