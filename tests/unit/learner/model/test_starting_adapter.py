@@ -177,10 +177,12 @@ def test_an_adapter_of_another_base_is_refused(
 ) -> None:
     """By the digest that the export writes; without it, by the name in the config."""
     copy = shutil.copytree(starting_model, tmp_path / "copy")
+    set_config(folder, base_model_name_or_path="elsewhere/gone")
     begun(copy, folder)
     with pytest.raises(UserError, match="belongs to another base model"):
         begun(untied_model, folder)
     set_tensors(folder, lambda _: None)
+    set_config(folder, base_model_name_or_path=str(starting_model))
     begun(copy, folder)
     with pytest.raises(UserError, match="belongs to another base model"):
         begun(untied_model, folder)
