@@ -40,9 +40,13 @@ class AdapterConfig(Section):
     user_model: str = ""
     """Name of the user's model at its endpoint: tau2."""
     user_calls: Positive = 64
-    """Maximum number of messages of the user's model in a session: tau2."""
+    """Maximum number of requests to the user's model in a session, with each retry and each judgement: tau2."""
+    user_tokens: Positive = 1_000_000
+    """Maximum number of tokens of prompts and completions of the user's model in a session: tau2."""
     user_limit_s: PositiveFloat = 60.0
-    """Time limit of a message of the user's model, in seconds: tau2."""
+    """Time limit of one request to the user's model, in seconds: tau2."""
+    user_session_s: PositiveFloat = 600.0
+    """Maximum time that a session spends at the user's model, in seconds, with the pauses before retries: tau2."""
     evaluation: Literal["all", "environment"] = "all"
     """What is scored: tau2. `environment`: the database and its assertions alone."""
 

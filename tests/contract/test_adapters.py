@@ -27,6 +27,7 @@ from palimpsest.common.user_error import UserError
 from palimpsest.services.env_gateway.adapters import entries
 from palimpsest.services.env_gateway.child_limits import child_limits
 from palimpsest.services.env_gateway.processes.pool import Pool
+from tests.servers import user_model
 from tests.servers.adapter_servers import (
     McpHttpServer,
     McpServer,
@@ -36,6 +37,7 @@ from tests.servers.adapter_servers import (
     library,
     tau2_checkout,
 )
+from tests.servers.chat_endpoint import ChatEndpoint
 
 HERE = Path(__file__).parent / "adapters"
 LIMITS = SessionLimits(max_sessions=64, lease_s=600.0, remember_s=60.0, result_bytes=65536)
@@ -120,7 +122,7 @@ def nemo_gym(folder: Path) -> Iterator[Subject]:
 
 
 @contextmanager
-def tau2(user: Literal["none", "scripted"]) -> Iterator[Subject]:
+def tau2(user: Literal["none", "scripted", "model"]) -> Iterator[Subject]:
     """The tasks of telecom that have data in the checkout, solved by the actions that they expect."""
     checkout = tau2_checkout()
     tasks = json.loads((checkout / "data/tau2/domains/telecom/tasks_small.json").read_text())
@@ -132,11 +134,18 @@ def tau2(user: Literal["none", "scripted"]) -> Iterator[Subject]:
 
     def message_of(action: dict[str, Any]) -> str:
         alone = user == "none" or action["requestor"] == "assistant"
-        return render(action["name"], action["arguments"]) if alone else f"Please use {action['name']}."
+        if alone:
+            return render(action["name"], action["arguments"])
+        return user_model.asked(action["name"], action["arguments"] if user == "model" else None)
 
     ending = [render("done", {})] if user == "none" else ["Is that all?", "Goodbye."]
-    config = AdapterConfig(kind="tau2", checkout=str(checkout), id="telecom", split="small", user=user)
-    yield Subject(config, solution, path=[str(library("tau2-bench-1.0.1", *needs))], seeds=range(4, 8))
+    with ChatEndpoint(user_model.answer) as endpoint:
+        model = {"url": endpoint.url, "user_model": "m"} if user == "model" else {}
+        config = AdapterConfig.model_validate(
+            {"kind": "tau2", "checkout": str(checkout), "id": "telecom", "split": "small", "user": user, **model}
+        )
+        path = [str(library("tau2-bench-1.0.1", *needs))]
+        yield Subject(config, solution, path=path, seeds=range(4, 8))
 
 
 @contextmanager
@@ -173,7 +182,7 @@ SUBJECTS = (
     ),
     *(
         pytest.param(lambda _, user=user: tau2(user), id=f"tau2-{user}", marks=pytest.mark.long)
-        for user in ("none", "scripted")
+        for user in ("none", "scripted", "model")
     ),
 )
 

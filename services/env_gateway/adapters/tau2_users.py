@@ -13,10 +13,13 @@ from typing import Any
 
 from palimpsest.common.config.env_gateway import AdapterConfig
 from palimpsest.services.env_gateway.adapters.adapter import AdapterUnusable
+from palimpsest.services.env_gateway.adapters.limited_endpoint import EndpointLimits, LimitedEndpoint
 
 STOP = "###STOP###"
 START = "Solve the ticket with your tools. Call `done` at the end."
 CONFIRM = "Yes, please go ahead. I have nothing to add."
+SENT = ("messages", "tools", "tool_choice", "temperature", "seed")
+"""What a request of tau2-bench passes to the endpoint."""
 
 
 def queued_agent(environment: Any, task: Any, *, solo: bool) -> Any:
@@ -125,27 +128,29 @@ def _scripted(module: Any, task: Any, tools: Any) -> Any:
 
 
 def _simulated(module: Any, settings: AdapterConfig, task: Any, tools: Any) -> Any:
-    """Return tau2-bench's own simulator on an endpoint, with limits; the same model judges assertions."""
+    """Return tau2-bench's own simulator on an endpoint with limits. The same model judges assertions."""
     if not settings.url or not settings.user_model:
         raise AdapterUnusable('user = "model" needs the keys `url` and `user_model`')
-    arguments = {
-        "api_base": settings.url,
-        "api_key": os.environ.get(settings.token_variable, "none") if settings.token_variable else "none",
-        "timeout": settings.user_limit_s,
-        "num_retries": 2,
-    }
-    model = f"openai/{settings.user_model}"
+    token = os.environ.get(settings.token_variable, "") if settings.token_variable else ""
+    limits = EndpointLimits(
+        requests=settings.user_calls,
+        tokens=settings.user_tokens,
+        seconds=settings.user_session_s,
+        request_s=settings.user_limit_s,
+    )
+    endpoint = LimitedEndpoint(settings.url, token, limits)
+    answers = importlib.import_module("litellm").ModelResponse
+
+    def completion(**arguments: Any) -> Any:
+        """Take the place of litellm's function of this name in tau2-bench, so that all its calls are counted."""
+        sent = {key: arguments[key] for key in SENT if arguments.get(key) is not None}
+        if "tools" not in sent:
+            sent.pop("tool_choice", None)
+        return answers(**endpoint.complete({**sent, "model": settings.user_model}))
+
+    vars(importlib.import_module("tau2.utils.llm_utils"))["completion"] = completion
     judge = importlib.import_module("tau2.evaluator.evaluator_nl_assertions")
     vars(judge).update(
-        DEFAULT_LLM_NL_ASSERTIONS=model, DEFAULT_LLM_NL_ASSERTIONS_ARGS={"temperature": 0.0, **arguments}
+        DEFAULT_LLM_NL_ASSERTIONS=settings.user_model, DEFAULT_LLM_NL_ASSERTIONS_ARGS={"temperature": 0.0}
     )
-
-    class LimitedUser(module.UserSimulator):  # type: ignore[misc]
-        """The simulator, which ends the session with an error after too many messages."""
-
-        def _generate_next_message(self, message: Any, state: Any) -> Any:
-            if len(state.messages) > 2 * settings.user_calls:
-                raise RuntimeError(f"the simulated user has spoken {settings.user_calls} times, its limit")
-            return super()._generate_next_message(message, state)
-
-    return LimitedUser(llm=model, instructions=str(task.user_scenario), tools=tools, llm_args=arguments)
+    return module.UserSimulator(llm=settings.user_model, instructions=str(task.user_scenario), tools=tools)
