@@ -42,6 +42,7 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     import torch
 
     from palimpsest.services.learner import instruments
+    from palimpsest.services.learner.agreement import refuse_disagreement
     from palimpsest.services.learner.coordinator import run_coordinator
     from palimpsest.services.learner.distributed import ProcessGroup
     from palimpsest.services.learner.loop_parts import Training
@@ -57,6 +58,7 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     torch.manual_seed(config.run.seed)
     sharded = config.learner.sharding != "none"
     ranks = ProcessGroup(equal_passes=sharded, together=config.learner.context_parallel)
+    refuse_disagreement(config, ranks)
     if server is not None:
         server.doing = "the model to be loaded"
         refuse_tokenizer(config.model.path)

@@ -7,6 +7,7 @@ import psutil
 import pytest
 
 from palimpsest.common.files import write
+from palimpsest.common.user_error import ExitCode
 from tests.runs.run_process import check_ledger, check_whole_groups, history, newest_manifest, scripted
 from tests.runs.unsupervised import WITHIN_S, Services
 
@@ -48,3 +49,12 @@ def test_a_learner_of_two_nodes_continues_from_its_checkpoint_when_a_rank_is_kil
     versions = [line["version"] for line in history(services.home)]
     assert len(versions) == len(set(versions)) == VERSIONS
     check_whole_groups(check_ledger(services.home), groups=VERSIONS * 4, samples=4)
+
+
+def test_nodes_that_disagree_end_with_the_difference(services: Services) -> None:
+    services.nodes(NODES, {"node-1": ("--learner.optimizer.lr=0.5",)})
+    for name in NODES:
+        assert services.process(name).wait(timeout=WITHIN_S) == ExitCode.CONFIGURATION
+        log = services.log(name).read_text()
+        assert "rank 1 of the learner" in log
+        assert "learner.optimizer.lr is 0.5, not" in log

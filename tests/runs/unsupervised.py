@@ -59,8 +59,11 @@ class Services:
         flags = (f"--learner.port={self.ports[name]}", KEEP_ALL)
         return self.start(name, "learner", *flags, fault=fault, launcher=launcher)
 
-    def nodes(self, names: Sequence[str]) -> None:
-        """Start a learner of one rank a node, with the launcher's arguments that the chart renders."""
+    def nodes(self, names: Sequence[str], flags: Mapping[str, Sequence[str]] = MappingProxyType({})) -> None:
+        """Start a learner of one rank a node, with the launcher's arguments that the chart renders.
+
+        flags: node -> flags of this node only.
+        """
         learner, rendezvous = ports.free(), ports.free()
         for node, name in enumerate(names):
             self.ports[name] = learner
@@ -68,7 +71,8 @@ class Services:
                 *("-m", "palimpsest.services.learner.torchrun", f"--nnodes={len(names)}", f"--node-rank={node}"),
                 *("--master-addr=127.0.0.1", f"--master-port={rendezvous}", "--nproc-per-node=1"),
             )
-            self.start(name, "learner", f"--learner.port={learner}", KEEP_ALL, launcher=launcher)
+            own = flags.get(name, ())
+            self.start(name, "learner", f"--learner.port={learner}", KEEP_ALL, *own, launcher=launcher)
 
     def log(self, name: str) -> Path:
         return self.home.parent / f"{name}.log"
