@@ -51,7 +51,9 @@ def make_plan(config: RunConfig, gpus: Gpus) -> Plan:
     shape = pass_shape(config.learner, longest, config.model.attention)
     memory, model = _learner(config, shape)
     engine = config.rollout.engine
-    remedies = () if memory.peak <= gpus.usable else tuple(_remedies(config, longest))
+    places = needed(config, gpus)
+    room = gpus.usable_beside(places.engine_share)
+    remedies = () if memory.peak <= room else tuple(_remedies(config, longest))
     return Plan(
         gpus=gpus,
         model=model,
@@ -60,7 +62,7 @@ def make_plan(config: RunConfig, gpus: Gpus) -> Plan:
         engine=engine_memory(engine, model.weights, _text_config(config.model.path), gpus)
         if isinstance(engine, VllmEngineConfig)
         else None,
-        needed=needed(config),
+        needed=places,
         remedies=remedies,
         live_tokens=config.rollout.max_live * longest,
     )

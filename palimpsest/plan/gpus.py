@@ -3,10 +3,10 @@
 import re
 from dataclasses import dataclass
 
-from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.config.schema import RunConfig, VllmEngineConfig
 from palimpsest.common.user_error import UserError
 from palimpsest.plan.causes import GIB
-from palimpsest.services.local.placement import LEARNER, gpus_wanted
+from palimpsest.services.local.placement import ENGINES, LEARNER, gpus_wanted, place
 
 CONTEXT = GIB
 """Bytes of a GPU that a process needs besides its tensors: CUDA context, kernels, communication buffers. Assumed."""
@@ -26,6 +26,10 @@ class Gpus:
         """Bytes of a GPU for the tensors of a process."""
         return int(self.gib * GIB) - CONTEXT
 
+    def usable_beside(self, share: float) -> int:
+        """Bytes of a GPU for the tensors of a process beside others that take a share of the GPU."""
+        return self.usable - int(share * self.gib * GIB)
+
     def __str__(self) -> str:
         return f"{self.number}x{self.gib:g}"
 
@@ -41,15 +45,19 @@ def parse(text: str) -> Gpus:
 
 @dataclass(frozen=True, slots=True)
 class Needed:
-    """GPUs that the processes of a run need, one process on each."""
+    """GPUs that the processes of a run want, and whether the machine can give them."""
 
     engines: int
     ranks: int
     replicas: int
+    refused: str | None = None
+    """Why `palimpsest run` would refuse to start on these GPUs."""
+    engine_share: float = 0.0
+    """Largest share of a GPU of the learner that engines on it take."""
 
     @property
     def number(self) -> int:
-        """All of them."""
+        """All of them, one process on each."""
         return self.engines + self.ranks + self.replicas
 
     def __str__(self) -> str:
@@ -58,10 +66,21 @@ class Needed:
             for name, number in (("engines", self.engines), ("the learner", self.ranks), ("replicas", self.replicas))
             if number
         ]
-        return f"{self.number} ({', '.join(parts)})"
+        return f"{self.number} ({', '.join(parts)}){', and processes share one' if self.engine_share else ''}"
 
 
-def needed(config: RunConfig) -> Needed:
-    """Return the GPUs that `palimpsest run` needs."""
-    wanted = {kind: sum(processes.values()) for kind, processes in gpus_wanted(config).items()}
-    return Needed(engines=wanted["engines"], ranks=wanted[LEARNER], replicas=wanted["replicas"])
+def needed(config: RunConfig, gpus: Gpus) -> Needed:
+    """Place the processes as `palimpsest run` does, and return the GPUs that they need."""
+    wanted = gpus_wanted(config)
+    numbers = {kind: sum(processes.values()) for kind, processes in wanted.items()}
+    refused, share = None, 0.0
+    try:
+        placed = place(config, [str(number) for number in range(gpus.number)]).gpus
+    except UserError as error:
+        refused = str(error)
+    else:
+        engine = config.rollout.engine
+        used = [gpu for name in wanted[ENGINES] for gpu in placed[name]]
+        if isinstance(engine, VllmEngineConfig):
+            share = engine.gpu_memory_utilization * max(used.count(gpu) for gpu in placed[LEARNER])
+    return Needed(numbers[ENGINES], numbers[LEARNER], numbers["replicas"], refused, share)

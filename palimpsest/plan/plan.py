@@ -25,6 +25,11 @@ class Plan:
     """Tokens of rollout.max_live trajectories of the greatest length."""
 
     @property
+    def learner_room(self) -> int:
+        """Bytes of a GPU for the tensors of a rank, beside engines on the same GPU."""
+        return self.gpus.usable_beside(self.needed.engine_share)
+
+    @property
     def fits(self) -> bool:
         """Whether every process fits its GPUs."""
         return not self.misfits()
@@ -32,12 +37,9 @@ class Plan:
     def misfits(self) -> list[str]:
         """Return a sentence for each thing that does not fit."""
         sentences = []
-        if self.needed.number > self.gpus.number:
-            sentences.append(
-                f"Does not fit: the run needs {self.needed} GPUs, and there are {self.gpus.number}. Lower "
-                f"local.rollout_workers, local.learner_ranks or rollout.engine.tensor_parallel."
-            )
-        if (over := self.learner.peak - self.gpus.usable) > 0:
+        if self.needed.refused is not None:
+            sentences.append(f"Does not fit: {self.needed.refused}.")
+        if (over := self.learner.peak - self.learner_room) > 0:
             keys = sorted({key for cause in (*self.learner.held, *self.learner.largest.causes) for key in cause.keys})
             sentences.append(
                 f"Does not fit: a rank of the learner needs {gib(over)} GiB more than a GPU has. Keys that change it: "

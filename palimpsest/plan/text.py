@@ -26,7 +26,8 @@ def render(plan: Plan) -> str:
     for moment in learner.moments:
         lines += [f"in addition during: {moment.name}", *(_line(cause) for cause in moment.causes)]
     lines.append(_sum(f"peak, {learner.largest.name}", learner.peak))
-    lines.append(_sum(f"a GPU of {plan.gpus.gib:g} GiB, less {gib(CONTEXT)} for CUDA", plan.gpus.usable))
+    engines = f" and {plan.needed.engine_share:.0%} for engines" if plan.needed.engine_share else ""
+    lines.append(_sum(f"a GPU of {plan.gpus.gib:g} GiB, less {gib(CONTEXT)} for CUDA{engines}", plan.learner_room))
     if learner.host:
         lines.append(_sum("in the host's memory, for each rank", sum(cause.size for cause in learner.host)))
     lines += ["", *_engine(plan), *plan.misfits()]
@@ -40,7 +41,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     """Return the plan as values for JSON, sizes in bytes."""
     return {
         "model": {"kind": plan.model.kind, "parameters": plan.model.parameters, "bytes": plan.model.weights},
-        "gpus": {"number": plan.gpus.number, "usable_bytes": plan.gpus.usable, "needed": plan.needed.number},
+        "gpus": {"number": plan.gpus.number, "usable_bytes": plan.learner_room, "needed": plan.needed.number},
         "learner": {
             "pass": {"rows": plan.shape.rows, "length": plan.shape.length},
             "held": {cause.name: cause.size for cause in plan.learner.held},

@@ -11,7 +11,7 @@ from palimpsest.common.config.schema import RunConfig, VllmEngineConfig
 from palimpsest.common.user_error import UserError
 from palimpsest.services.local.visible_gpus import VARIABLE
 
-LEARNER = "learner"
+ENGINES, LEARNER = "engines", "learner"
 ENGINES_ALONE, ENGINES_BESIDE = 0.9, 0.5
 """Maximum share of a GPU for the engines on it: several engines alone, and engines beside a learner or a replica."""
 
@@ -51,7 +51,7 @@ def gpus_wanted(config: RunConfig) -> dict[str, dict[str, int]]:
     engine, local = config.rollout.engine, config.local
     width = engine.tensor_parallel if isinstance(engine, VllmEngineConfig) else 0
     return {
-        "engines": {f"worker-{i}": width for i in range(local.rollout_workers)},
+        ENGINES: {f"worker-{i}": width for i in range(local.rollout_workers)},
         LEARNER: {LEARNER: local.learner_ranks},
         "replicas": {f"replica-{i}": 1 for i in range(config.replica_count)},
     }
@@ -105,8 +105,8 @@ def _refuse_full(config: RunConfig, numbers: Mapping[str, Sequence[int]]) -> Non
     engine = config.rollout.engine
     if not isinstance(engine, VllmEngineConfig):
         return
-    for gpu in sorted(set(numbers["engines"])):
-        engines = list(numbers["engines"]).count(gpu)
+    for gpu in sorted(set(numbers[ENGINES])):
+        engines = list(numbers[ENGINES]).count(gpu)
         others = [_text(kind) for kind in (LEARNER, "replicas") if gpu in numbers[kind]]
         most = (ENGINES_BESIDE if others else ENGINES_ALONE) / engines
         if (engines > 1 or others) and engine.gpu_memory_utilization > most:
@@ -128,4 +128,4 @@ def _shares(numbers: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
 
 
 def _text(kind: str) -> str:
-    return {"engines": "the engines", LEARNER: "the ranks of the learner", "replicas": "the replicas"}[kind]
+    return {ENGINES: "the engines", LEARNER: "the ranks of the learner", "replicas": "the replicas"}[kind]

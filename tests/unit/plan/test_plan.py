@@ -286,7 +286,28 @@ def test_too_few_gpus_are_said(run_file: Path) -> None:
     )
     text, code = run_command([str(run_file), "--gpus=4x80", *keys])
     assert code == 1
-    assert "the run needs 8 (4 for engines, 4 for the learner) GPUs, and there are 4" in text
+    assert "the run needs 8 GPUs (4 for the engines, 4 for the ranks of the learner), and 4 are visible" in text
+
+
+def test_a_single_gpu_is_shared_as_in_a_run(run_file: Path) -> None:
+    words, at = [str(run_file), "--gpus=1x80", "--rollout.engine.kind=vllm"], "--rollout.engine.gpu_memory_utilization"
+    text, code = run_command([*words, f"{at}=0.5"])
+    assert (code, "and processes share one" in text) == (0, True)
+    assert "less 1.00 for CUDA and 50% for engines" in text
+    values = json.loads(run_command([*words, f"{at}=0.5", "--json"])[0])
+    assert values["gpus"]["usable_bytes"] == (80 - 1 - 40) * 2**30  # less CUDA and the engine
+    text, code = run_command([*words, f"{at}=0.9"])
+    assert code == 1
+    assert "Does not fit: GPU 0 is shared by 1 engine and the ranks of the learner" in text
+
+
+def test_gpus_that_the_run_lists_are_planned_as_listed(run_file: Path) -> None:
+    words = [str(run_file), "--gpus=2x80", "--rollout.engine.kind=vllm", "--rollout.engine.gpu_memory_utilization=0.25"]
+    both = '--local.gpus={"engines" = [1], "learner" = [1], "replicas" = []}'
+    values = json.loads(run_command([*words, both, "--json"])[0])
+    assert (values["fits"], values["gpus"]["usable_bytes"]) == (True, (80 - 1 - 20) * 2**30)
+    apart = '--local.gpus={"engines" = [0], "learner" = [1], "replicas" = []}'
+    assert json.loads(run_command([*words, apart, "--json"])[0])["gpus"]["usable_bytes"] == 79 * 2**30
 
 
 def test_the_largest_moment_sets_the_peak() -> None:
