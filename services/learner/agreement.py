@@ -23,7 +23,7 @@ SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class ConfigOfRank:
     """How a rank was started."""
 
     host: str
@@ -36,11 +36,11 @@ def refuse_disagreement(config: RunConfig, ranks: ProcessGroup) -> None:
     call it."""
     keys = _flat(config.model_dump(mode="json", include=set(SECTIONS)))
     values = {name: value for name, value in keys if name not in OF_A_NODE} | _packages()
-    if message := disagreement(ranks.all_gather_object(Start(socket.gethostname(), values))):
+    if message := disagreement(ranks.all_gather_object(ConfigOfRank(socket.gethostname(), values))):
         raise UserError(message)
 
 
-def disagreement(starts: list[Start]) -> str | None:
+def disagreement(starts: list[ConfigOfRank]) -> str | None:
     """Return the error text for the first rank that differs from rank 0; None if all agree. starts: by rank."""
     first = starts[0]
     for rank, start in enumerate(starts):
@@ -55,7 +55,7 @@ def disagreement(starts: list[Start]) -> str | None:
     return None
 
 
-def _differ(name: str, first: Start, other: Start) -> bool:
+def _differ(name: str, first: ConfigOfRank, other: ConfigOfRank) -> bool:
     return name not in other.values or name not in first.values or first.values[name] != other.values[name]
 
 
