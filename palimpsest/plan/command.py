@@ -63,6 +63,7 @@ def make_plan(config: RunConfig, gpus: Gpus) -> Plan:
         if isinstance(engine, VllmEngineConfig)
         else None,
         needed=places,
+        learner_room=room,
         remedies=remedies,
         live_tokens=config.rollout.max_live * longest,
     )

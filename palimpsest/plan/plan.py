@@ -19,15 +19,12 @@ class Plan:
     engine: EngineMemory | None
     """None without a vLLM engine."""
     needed: Needed
+    learner_room: int
+    """Bytes of a GPU for the tensors of a rank, beside engines on the same GPU."""
     remedies: tuple[tuple[tuple[str, ...], int], ...]
     """Keys with values that lower the learner's peak, and the peak with them in bytes; empty if the learner fits."""
     live_tokens: int
     """Tokens of rollout.max_live trajectories of the greatest length."""
-
-    @property
-    def learner_room(self) -> int:
-        """Bytes of a GPU for the tensors of a rank, beside engines on the same GPU."""
-        return self.gpus.usable_beside(self.needed.engine_share)
 
     @property
     def fits(self) -> bool:

@@ -6,6 +6,7 @@ a section with all its keys.
 
 from typing import Any
 
+from palimpsest.common.config.differences import differences_at
 from palimpsest.common.config.schema import RunConfig
 
 IDENTITY = (
@@ -165,7 +166,9 @@ CHANGEABLE = (
 def differences(before: RunConfig, now: RunConfig) -> list[tuple[str, Any, Any]]:
     """Return (key, value before, value now) of every key of IDENTITY that differs."""
     old, new = before.model_dump(), now.model_dump()
-    return [found for entry in IDENTITY for found in _differences(entry, _value_at(old, entry), _value_at(new, entry))]
+    return [
+        found for entry in IDENTITY for found in differences_at(entry, _value_at(old, entry), _value_at(new, entry))
+    ]
 
 
 def _value_at(values: Any, key: str) -> Any:
@@ -173,13 +176,3 @@ def _value_at(values: Any, key: str) -> Any:
     for part in key.split("."):
         values = values.get(part)
     return values
-
-
-def _differences(key: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            difference
-            for name in sorted(old.keys() | new.keys())
-            for difference in _differences(f"{key}.{name}", old.get(name), new.get(name))
-        ]
-    return [] if old == new else [(key, old, new)]
