@@ -1,6 +1,7 @@
 """Versions as deltas: bytes stored, time to encode, time to move a copy, memory.
 
     .venv/bin/python -m bench snapshots [--versions 64] [--rates 1e-6 1e-5 1e-4 2e-3] [--hidden 384] [--layers 9]
+        [--stall-tokens 256 2048]
 
 For each learning rate, a Qwen3 model with random weights takes AdamW steps, on random tokens or with --gradients random
 on normal gradients (without a forward pass). The TrainablePolicy of the learner holds the float32 masters; each step
@@ -23,7 +24,8 @@ between delta and base, and none is removed: all versions count.
     encode_mb_per_s_core      raw bytes of the versions stored as deltas / processor seconds of their encoding, digests
                               included
     publish_stall_share       time of a version with publishing / without, minus 1, if it is on the training path
-    stall                     the same measured in turns, without canaries: inline, and in a thread beside the passes
+    stall                     the same measured in turns, without canaries: inline, and in a thread beside the passes,
+                              for versions with the tokens of --stall-tokens; always with passes of the model
 
 Prints one JSON line: settings, a list of cases, and the values of the first rate at the top level.
 """
@@ -37,6 +39,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -65,6 +68,8 @@ from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
 from palimpsest.services.snapshot_store.app import create_app
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 
+PASS_TOKENS = 256
+"""Most tokens of each of the two rows of a pass, where a version has more."""
 HOPS = 6
 """Hops, and encodings on one thread, that are timed."""
 
@@ -80,6 +85,7 @@ def main(words: Sequence[str]) -> dict[str, Any]:
     arguments.add_argument("--layers", type=int, default=9)
     arguments.add_argument("--vocabulary", type=int, default=32000)
     arguments.add_argument("--tokens", type=int, default=256, help="tokens of a step")
+    arguments.add_argument("--stall-tokens", type=int, nargs="+", default=[256, 2048], help="tokens of a version")
     arguments.add_argument("--gradients", choices=("model", "random"), default="model")
     options = arguments.parse_args(words)
     cases = [_case(rate, options) for rate in options.rates]
@@ -127,10 +133,13 @@ def _case(rate: float, options: argparse.Namespace) -> dict[str, Any]:
         versions = _Published(store)
         steps, publishes = [], []
 
+        def model_passes(count: int) -> None:
+            for part in torch.randint(options.vocabulary, (2, count // 2), generator=tokens).split(PASS_TOKENS, dim=1):
+                model(input_ids=part, labels=part).loss.backward()
+
         def passes() -> None:
             if options.gradients == "model":
-                batch = torch.randint(options.vocabulary, (2, options.tokens // 2), generator=tokens)
-                model(input_ids=batch, labels=batch).loss.backward()
+                model_passes(options.tokens)
             else:
                 for gradient in policy.gradients():
                     gradient.normal_(std=1e-3, generator=tokens)
@@ -148,7 +157,12 @@ def _case(rate: float, options: argparse.Namespace) -> dict[str, Any]:
         with_download = versions.hops(_model(options), ahead=False)
         hops = versions.hops(_model(options), ahead=True)
         resident = versions.resident(model, policy)
-        stall = publish_stall(passes, lambda: policy.step(), lambda: _copied(model), versions.store_next)
+        stall = {
+            count: publish_stall(
+                partial(model_passes, count), lambda: policy.step(), lambda: _copied(model), versions.store_next
+            )
+            for count in options.stall_tokens
+        }
     raw = versions.raw_bytes
     as_built = _as_built(versions.last, model)
     parameters = sum(p.numel() for p in model.parameters())

@@ -32,7 +32,7 @@ from palimpsest.services.learner.proximal.types import Proximal, replay_routes
 from palimpsest.services.learner.sharding.sharded_model import device_of
 from palimpsest.services.learner.timing import PhaseTimer
 from palimpsest.services.learner.training.accumulators import MicroBatchPass, StepAccumulator, TokenTotals
-from palimpsest.services.learner.training.host_memory import trim_heap
+from palimpsest.services.learner.training.host_memory import HeapTrimmer
 from palimpsest.services.learner.training.passes import Passes
 from palimpsest.services.learner.training.preparation import VersionInputs, prepare_batch
 from palimpsest.services.learner.training.results import MicroBatchResult, StepResult
@@ -62,7 +62,7 @@ class Trainer:
         self._length, self._seed = length, seed
         self._objective = Objective(config, length=length)
         self._device = device_of(policy.model)
-        self._guard = RowGuard(policy.model, self._device, ranks)
+        self._guard, self._heap = RowGuard(policy.model, self._device, ranks), HeapTrimmer()
         self._passes = self._make_passes()
 
     def configure(self, config: LearnerConfig) -> None:
@@ -132,7 +132,7 @@ class Trainer:
         self._update_state(totals, now)
         self._state.expect(now)
         if self._device.type == "cpu":
-            trim_heap()
+            self._heap.after_version()
         return StepResult(
             results,
             method=proximal.method,

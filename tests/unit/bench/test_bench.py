@@ -256,7 +256,17 @@ def test_gateway_adapters() -> None:
         )
 
 
-SNAPSHOTS = ("--versions=4", "--rates=1e-5", "--hidden=32", "--layers=1", "--vocabulary=300", "--tokens=16")
+SNAPSHOTS = (
+    "--versions=4",
+    "--rates=1e-5",
+    "--hidden=32",
+    "--layers=1",
+    "--vocabulary=300",
+    "--tokens=16",
+    "--stall-tokens",
+    "16",
+    "600",
+)
 
 
 @pytest.mark.parametrize("gradients", ["model", "random"])
@@ -265,7 +275,9 @@ def test_versions_as_deltas(gradients: str) -> None:
     (case,) = figures["cases"]
     assert figures["stored_ratio"] == case["stored_ratio"] == round(case["full_bytes"] / case["stored_bytes"], 2)
     assert case["bases"] >= 1
-    assert {f"{what}_{way}" for what in ("version_s", "stall_share") for way in ("inline", "background")} <= case[
-        "stall"
-    ].keys()
+    assert case["stall"].keys() == {"16", "600"}
+    for stall in case["stall"].values():
+        assert {f"{what}_{way}" for what in ("version_s", "stall_share") for way in ("inline", "background")} <= set(
+            stall
+        )
     assert 0 < case["changed_share"] < 1

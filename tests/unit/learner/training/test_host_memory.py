@@ -4,7 +4,7 @@ import ctypes
 
 import psutil
 
-from palimpsest.services.learner.training.host_memory import trim_heap
+from palimpsest.services.learner.training.host_memory import TRIM_S, HeapTrimmer, trim_heap
 
 BLOCK, BLOCKS = 64 * 1024, 1000
 
@@ -24,3 +24,9 @@ def test_freed_blocks_below_a_live_one_are_returned() -> None:
     returned = kept - psutil.Process().memory_full_info().uss
     libc.free(last)
     assert returned > BLOCK * BLOCKS / 2
+
+
+def test_versions_that_follow_each_other_quickly_share_a_trim() -> None:
+    clock = iter([0.0, TRIM_S - 1, TRIM_S, TRIM_S + 1, 2 * TRIM_S])
+    heap = HeapTrimmer(clock=lambda: next(clock))
+    assert [heap.after_version() for _ in range(4)] == [False, True, False, True]
