@@ -20,6 +20,9 @@ from palimpsest.common.snapshots.slices import SLICE_BYTES, Slice, apply_slice, 
 THREADS = os.cpu_count() or 1
 VERIFIED_BYTES = 8 << 20
 """Bytes of small tensors whose digests a thread computes at once: a few milliseconds of work."""
+PARALLEL_BYTES = 16 * SLICE_BYTES
+"""Bytes from which the slices of a tensor are worth threads. At most one such tensor awaits its digest while the next
+one is patched: of weights on another device, each is a copy in host memory."""
 Editing = Callable[[TensorEntry], AbstractContextManager[Bytes]]
 """Opens a tensor for changes: its bytes [size] uint8, writable, which count once the context ends."""
 
@@ -63,9 +66,9 @@ def patch(
 
     chunks: the bytes of its object, already compared with the object's digest. held: the numbers that `editing` opens;
     None: those of whole tensors. arriving: compare each patched tensor, which must be whole, with its digest in this
-    manifest. The slices of a large tensor run in parallel. Small tensors are patched in this thread while the pool
-    computes the digests of those before: patching one takes so many short steps that threads would only wait for
-    Python's lock. Raises Damaged; the tensors then may hold the bytes of no version.
+    manifest. The pool computes the digests while this thread patches the next tensors: patching takes so many short
+    steps that several threads would mostly wait for Python's lock. Only the slices of a tensor with many run in
+    parallel. Raises Damaged; the tensors then may hold the bytes of no version.
     """
     digests = {entry.name: entry for entry in arriving.tensors} if arriving is not None else {}
     if arriving is not None and digests.keys() != {entry.name for entry in manifest.tensors}:
@@ -76,16 +79,14 @@ def patch(
     try:
         for entry, frame in _split(chunks, manifest):
             job = _Patch(manifest, entry, frame, editing, back, held, digests.get(entry.name), arriving)
-            if entry.size > SLICE_BYTES:
-                job.run(pool)
-            elif (raw := job.run()) is not None:
+            if (raw := job.run(pool if entry.size > PARALLEL_BYTES else None)) is not None:
                 patched.append((job, raw))
                 unverified += len(raw)
             if unverified >= VERIFIED_BYTES:
+                while len(pending) >= THREADS or (pending and unverified > PARALLEL_BYTES):
+                    pending.popleft().result()
                 pending.append(pool.submit(_verify_all, patched))
                 patched, unverified = [], 0
-            while len(pending) > THREADS:
-                pending.popleft().result()
         half = len(patched) // 2
         pending += [pool.submit(_verify_all, part) for part in (patched[:half], patched[half:])]
     finally:
@@ -113,8 +114,9 @@ class _Patch:
     arriving: Manifest | None
 
     def run(self, pool: Executor | None = None) -> Bytes | None:
-        """Apply the slices. On the pool: verify the tensor, too. In this thread: return the bytes to verify, if there
-        is a digest for them. Raises Damaged.
+        """Apply the slices, in this thread or on the pool. Return the bytes to verify; None if no digest is given.
+
+        Raises Damaged.
         """
         itemsize = ITEMSIZE[self.entry.dtype]
         begin, end = (0, self.entry.size // itemsize) if self.held is None else self.held(self.entry)
@@ -132,9 +134,6 @@ class _Patch:
                     pass
             except ValueError as error:
                 raise Damaged(f"version {self.manifest.version}, tensor {self.entry.name}: {error}") from error
-            if pool is not None:
-                self.verify(raw)
-                return None
         return raw if self.arrived is not None else None
 
     def verify(self, raw: Bytes) -> None:
