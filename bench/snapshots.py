@@ -134,7 +134,8 @@ def _case(rate: float, options: argparse.Namespace) -> dict[str, Any]:
         steps, publishes = [], []
 
         def model_passes(count: int) -> None:
-            for part in torch.randint(options.vocabulary, (2, count // 2), generator=tokens).split(PASS_TOKENS, dim=1):
+            batch = torch.randint(options.vocabulary, (2, count // 2), generator=tokens)
+            for part in torch.split(batch, PASS_TOKENS, dim=1):
                 model(input_ids=part, labels=part).loss.backward()
 
         def passes() -> None:

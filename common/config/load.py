@@ -23,6 +23,8 @@ from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.user_error import UserError
 
 Key = tuple[str, ...]
+MOST_SUGGESTED = 3
+"""Keys of other sections that the error about an unknown key names, at most."""
 RENAMED: dict[Key, Key] = {
     ("learner", "discrepancy", "weight_normalise"): ("learner", "discrepancy", "weight_normalize"),
 }
@@ -270,9 +272,12 @@ def unknown_key(key: Key, tag: str | None = None, by: str = "") -> str:
             continue
         section = ".".join(key[:depth])
         near = difflib.get_close_matches(key[depth], fields, n=1, cutoff=0.5)
+        elsewhere = _keys_named(key[depth], key[:depth]) or ([] if near else _keys_named(key[depth], ()))
         name = ".".join(key[: depth + 1])
         kinds = len(_members(expected_type(key[:depth]))) > 1
         where = f"any kind of {section}" if kinds else f"[{section}]" if section else "a run"
+        if elsewhere and depth == len(key) - 1:
+            return f"{name} is not a key of {where}; did you mean {_or(elsewhere)}?"
         if near:
             return f"{name} is not a key of {where}; did you mean {'.'.join((*key[:depth], near[0]))}?"
         return f"{name} is not a key of {where}; {'they have' if kinds else 'it has'} {', '.join(sorted(fields))}"
@@ -283,6 +288,22 @@ def unknown_key(key: Key, tag: str | None = None, by: str = "") -> str:
         m.model_fields for m in _members(expected_type(key[:-1])) if tag in get_args(m.model_fields["kind"].annotation)
     )
     return f'{".".join(key)} is not a key of {above} with kind = "{tag}"{by}; that has {", ".join(sorted(own))}'
+
+
+def _keys_named(name: str, section: Key) -> list[str]:
+    """Return the keys below a section that have this name, those of outer sections first; [] if more than three do."""
+    found, sections = list[str](), [section]
+    for above in sections:  # grows while it is read
+        for own in _fields(above) or {}:
+            if _fields((*above, own)) is not None:
+                sections.append((*above, own))
+            elif own == name:
+                found.append(".".join((*above, own)))
+    return found if len(found) <= MOST_SUGGESTED else []
+
+
+def _or(words: list[str]) -> str:
+    return " or ".join((", ".join(words[:-1]), words[-1])) if len(words) > 1 else words[0]
 
 
 def _fields(key: Key) -> dict[str, Any] | None:

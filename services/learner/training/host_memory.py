@@ -1,8 +1,8 @@
 """Returns freed memory of the C heap to the system.
 
 A batch of another shape needs blocks of other sizes. The heap of glibc keeps the freed ones, so the memory of a learner
-on a CPU grows for thousands of versions although nothing leaks. The next pass gets returned pages from the system again,
-one page fault for each, so the heap is not trimmed after every version of a small model.
+on a CPU grows for thousands of versions although nothing leaks. The next pass takes returned pages from the system
+again, with a page fault for each, so the heap is not trimmed after every version of a small model.
 """
 
 import ctypes
