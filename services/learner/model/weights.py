@@ -67,6 +67,8 @@ class EditableModel:
         """adapter: of the model; None if its weights are whole."""
         self._model, self._adapter = model, adapter
         self._weights: Weights = {}
+        self._bytes: dict[str, Bytes] = {}
+        """Views of the tensors that can be changed in place. Making one takes as long as patching a small tensor."""
 
     def load(self, tensors: Iterator[RawTensor], manifest: Manifest) -> None:
         """See WeightsCopy. Raises UserError if the version has another adapter."""
@@ -77,8 +79,11 @@ class EditableModel:
     def editing(self, entry: TensorEntry) -> Iterator[Bytes]:
         """See WeightsCopy. A tensor on another device, or not in C order, is copied and written back."""
         tensor = self._tensor(entry)
+        if (own := self._bytes.get(entry.name)) is not None:
+            yield own
+            return
         if tensor.device.type == "cpu" and tensor.is_contiguous():
-            yield tensor.reshape(-1).view(torch.uint8).numpy()
+            yield self._bytes.setdefault(entry.name, tensor.reshape(-1).view(torch.uint8).numpy())
             return
         raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().copy()
         before = raw.copy()
