@@ -238,8 +238,9 @@ def rescore(
         for version in present:
             own_passes = () if shared else passes(batches, version, engine=engine)
             for tokens, temperatures, recorded, lengths, routes in own_passes:
-                with given_experts(models(version), routes):
-                    scored = score(models(version), tokens, temperatures, lengths if models.packed else None)
+                of_rows = lengths if models.packed else None
+                with given_experts(models(version), routes, of_rows):
+                    scored = score(models(version), tokens, temperatures, of_rows)
                 chosen = ~np.isnan(recorded)
                 same, unequal = same + int(chosen.sum()), unequal + int((scored[chosen] != recorded[chosen]).sum())
             for batch in batches:

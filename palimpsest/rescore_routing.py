@@ -3,7 +3,7 @@
 The layers of a pass choose one after another, so the calls of `topk` over all experts come in their order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -14,10 +14,11 @@ import torch
 
 
 @contextmanager
-def given_experts(model: Any, routes: np.ndarray | None) -> Iterator[None]:
+def given_experts(model: Any, routes: np.ndarray | None, lengths: Sequence[int] | None = None) -> Iterator[None]:
     """Replay routes in one pass inside this block. None: the routers choose.
 
     routes: [rows, length, layers, experts of a token], -1 where the router chooses, of layers with experts or of all.
+    lengths: of the rows of a packed pass, which leaves the padding out.
     """
     if routes is None:
         yield
@@ -29,13 +30,15 @@ def given_experts(model: Any, routes: np.ndarray | None) -> Iterator[None]:
     names_of_experts = [name for name, module in model.named_modules() if type(module).__name__.endswith("Experts")]
     if len(names_of_experts) != routes.shape[2]:
         routes = routes[:, :, [int(name.split("layers.")[1].split(".")[0]) for name in names_of_experts]]
+    counted = [routes.shape[1]] * len(routes) if lengths is None else lengths
+    positions = np.concatenate([row[:length] for row, length in zip(routes, counted, strict=True)])
     layer, own = count(), torch.topk
 
     def topk(scores: torch.Tensor, k: int, *rest: Any, **named: Any) -> Any:
         result = own(scores, k, *rest, **named)
         if k != of_token or scores.dim() != 2 or scores.shape[1] != experts:
             return result
-        given = torch.from_numpy(routes[:, :, next(layer)].reshape(-1, k)).long()
+        given = torch.from_numpy(positions[:, next(layer)]).long()
         chosen = torch.where(given < 0, result.indices, given)
         return torch.return_types.topk((scores.gather(1, chosen), chosen))
 

@@ -195,11 +195,6 @@ class LearnerConfig(Service):
                 'the training: it needs proximal.kind = "snapshot" with prefetch = false. Change it, or set '
                 'routing_replay = "none"'
             )
-        if self.routing_replay != "none" and self.layout == "packed":
-            raise ValueError(
-                f'layout = "packed" does not support routing_replay = "{self.routing_replay}": experts are replayed in '
-                f'padded passes. Set layout = "padded", or routing_replay = "none"'
-            )
         if self.routing_replay != "none" and self.lora.rank:
             raise ValueError(
                 f'routing_replay = "{self.routing_replay}" was not tried with lora.rank = {self.lora.rank}: set one of '

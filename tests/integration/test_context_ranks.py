@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from palimpsest.services.learner.batch.batching import FREE
 from tests.learner_parts import families
-from tests.processes.context_on_ranks import CASES, FORWARD
+from tests.processes.context_on_ranks import CASES, EXPERTS, FORWARD
 from tests.processes.waiting import LIMIT_S
 from tests.runs.run_process import ROOT
 
 pytestmark = pytest.mark.servers
+FAMILIES = ("Qwen3", "Llama (untied)", "Qwen3-MoE")
 ROUNDING = 0.05
 """Nats: bf16 rounding of a random model, as tests/unit/learner/model/test_packing.py bounds it."""
 
@@ -29,14 +31,14 @@ def on_ranks(number: int, *arguments: str) -> "subprocess.CompletedProcess[str]"
 
 @pytest.fixture(scope="module", params=[2, 4])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """Family or "attention" -> results of each rank; two ranks share each row."""
+    """Family, EXPERTS or "attention" -> results of each rank; two ranks share each row."""
     folder: Path = tmp_path_factory.mktemp("context")
-    models = [str(families.build(family, folder / family)) for family in ("Qwen3", "Llama (untied)")]
+    models = [str(families.build(family, folder / family)) for family in FAMILIES]
     done = on_ranks(request.param, *models, str(folder))
     assert done.returncode == 0, done.stdout[-4000:]
     return {
         name: [torch.load(folder / f"{name} {rank}.pt", weights_only=False) for rank in range(request.param)]
-        for name in ("attention", *CASES)
+        for name in ("attention", *CASES, EXPERTS)
     }
 
 
@@ -91,6 +93,23 @@ def test_a_version_is_trained_as_on_one_rank(saved: Any, family: str) -> None:
         assert shared["loss"] == pytest.approx(alone["loss"], rel=1e-2, abs=1e-5)
         for own, expected in zip(shared["masters"], alone["masters"], strict=True):
             assert torch.allclose(own, expected, rtol=1e-3, atol=2e-4)
+
+
+def test_a_mixture_replays_and_records_the_experts_of_whole_rows(saved: Any) -> None:
+    """Other experts would change the log-probs by more than rounding. Where two experts have nearly equal scores,
+    rounding may change the choice."""
+    for rank in saved[EXPERTS]:
+        shared, alone = rank["shared"], rank["alone"]
+        assert torch.allclose(shared["logprobs"], alone["logprobs"], atol=ROUNDING)
+        (own,), (expected,) = shared["chosen"], alone["chosen"]
+        assert own.shape == expected.shape
+        assert ((own == FREE) == (expected == FREE)).all()
+        assert float((own == expected).mean()) > 0.95
+        assert shared["trained"] == alone["trained"]
+        assert shared["grad_norm"] == pytest.approx(alone["grad_norm"], rel=2e-2)
+        for gradient, of_one in zip(shared["gradients"][0], alone["gradients"][0], strict=True):
+            scale = float(of_one.float().norm())
+            assert float((gradient.float() - of_one.float()).norm()) <= 0.1 * scale + 1e-6
 
 
 def test_ranks_that_share_rows_have_the_same_values(saved: Any) -> None:

@@ -1,6 +1,6 @@
 """Train fixed rows on ranks that share them, and on one rank alone; save both results.
 
-torchrun --standalone --nproc-per-node=2 -m tests.processes.context_on_ranks QWEN3 LLAMA FOLDER
+torchrun --standalone --nproc-per-node=2 -m tests.processes.context_on_ranks QWEN3 LLAMA EXPERTS FOLDER
 
 With QWEN3 alone: train rows of which one fails in a block of rank 1.
 """
@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,13 +23,21 @@ from palimpsest.services.learner.distributed import Context, ProcessGroup
 from palimpsest.services.learner.model import context_attention as blocks
 from palimpsest.services.learner.model.context import SlicedRows
 from palimpsest.services.learner.model.context_attention import attend_across_ranks, causal_in_blocks
-from palimpsest.services.learner.model.policy import checkpoint_activations, load_model, score_batch_and_entropy
+from palimpsest.services.learner.model.policy import (
+    checkpoint_activations,
+    load_model,
+    score_batch,
+    score_batch_and_entropy,
+)
+from palimpsest.services.learner.model.routing import routers_of
 from palimpsest.services.learner.model.trainable import TrainablePolicy
+from palimpsest.services.learner.old_logprobs.passes import BatchScores
 from palimpsest.services.learner.sharding.load import ModelFiles
 from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy
+from tests.learner_parts.routes import routes_of
 from tests.processes.shard_on_ranks import OPTIMIZER, own_scores, results, scores
 from tests.processes.sharded_versions import canaries, walked
-from tests.processes.train_on_ranks import some_rows
+from tests.processes.train_on_ranks import NOW, some_rows
 
 TOGETHER = 2
 SHORT = (1, 2, 3, 7, 40)
@@ -36,9 +45,10 @@ SHORT = (1, 2, 3, 7, 40)
 FORWARD = some_rows("f", [5, 6, 9, 37, 64])
 CASES = {"Qwen3": [some_rows("g", [20, 20, 9, 7])], "Llama": [some_rows("h", [35, 35, 33, 6, 31]), some_rows("i", [7])]}
 """Family -> minibatches of one version. The second one of Llama leaves the second of two groups without rows."""
+EXPERTS = "a mixture with replayed experts"
 
 
-def main(folders: dict[str, str], folder: Path) -> None:
+def main(folders: dict[str, str], experts: str, folder: Path) -> None:
     """Save one file per family and rank."""
     torch.set_num_threads(1)
     ranks = ProcessGroup(equal_passes=True, together=TOGETHER)
@@ -65,7 +75,27 @@ def main(folders: dict[str, str], folder: Path) -> None:
             saved["canaries"] = canaries(files, ranks, load_model(model, ranks.device, "sdpa", layout="packed"), rows)
             saved["walked"] = walked(files, ranks)
         torch.save(saved, folder / f"{family} {ranks.rank}.pt")
+    files = ModelFiles(experts, "sdpa", mesh, ranks.device, layout="packed", context=ranks.context)
+    torch.save(replayed_experts(files, experts, ranks), folder / f"{EXPERTS} {ranks.rank}.pt")
     ranks.close()
+
+
+def replayed_experts(files: ModelFiles, path: str, ranks: ProcessGroup) -> dict[str, dict[str, Any]]:
+    """Passes of a mixture with given experts, its own choice of experts, and a version trained with given ones."""
+    shared = ShardedPolicy(files.build(holds=torch.float32, trains=True), OPTIMIZER, ranks)
+    alone = TrainablePolicy(load_model(path, ranks.device, "sdpa", layout="packed"), OPTIMIZER)
+    shared.model(checkpoint_activations)
+    checkpoint_activations(alone.model)
+    saved = {}
+    for name, policy, own in (("alone", alone, one_rank()), ("shared", shared, ranks)):
+        batch, layers = pad(FORWARD), len(routers_of(policy.model))
+        with torch.no_grad():
+            given = replace(batch, routes=routes_of(batch.tokens, layers))
+            logprobs = score_batch(policy.model, given, own.device)
+        chosen = BatchScores([batch], own.device, max_tokens=1000, fresh=0, ranks=own, record_routes=True)
+        chosen.score(policy.model, chosen.of(NOW))
+        saved[name] = {"logprobs": logprobs, "chosen": chosen.routes} | results(policy, CASES["Qwen3"], own)
+    return saved
 
 
 def forward(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -149,4 +179,4 @@ def _refuse(*_: object) -> None:
 if __name__ == "__main__" and len(sys.argv) == 2:
     failing(sys.argv[1])
 elif __name__ == "__main__":
-    main({"Qwen3": sys.argv[1], "Llama": sys.argv[2]}, Path(sys.argv[3]))
+    main({"Qwen3": sys.argv[1], "Llama": sys.argv[2]}, sys.argv[3], Path(sys.argv[4]))

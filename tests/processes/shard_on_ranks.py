@@ -4,30 +4,25 @@ torchrun --standalone --nproc-per-node=2 -m tests.processes.shard_on_ranks MODEL
 """
 
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from palimpsest.common.arrays import Float32Array
 from palimpsest.common.config.learner import OptimizerConfig
-from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import PaddedBatch, Row, micro_batches, pad
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.policy import checkpoint_activations, load_model
-from palimpsest.services.learner.model.routing import routers_of
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.old_logprobs.distributed_scorer import DistributedScorer, model_scorer, serve_scoring
 from palimpsest.services.learner.old_logprobs.passes import BatchScores
-from palimpsest.services.learner.proximal.types import Exact
 from palimpsest.services.learner.sharding.load import ModelFiles
 from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy
 from palimpsest.services.learner.training.results import StepResult, merge
-from tests.learner_parts.models import CurrentModel, train
+from tests.learner_parts.models import train
+from tests.learner_parts.routes import WithRoutes
 from tests.processes.sharded_versions import canaries, continued, walked
 from tests.processes.train_on_ranks import CASES as UNEVEN, NOW, some_rows
 from tests.records.builders import a_learner
@@ -89,16 +84,6 @@ def passes_of(model: torch.nn.Module) -> list[int]:
     mlp = next(module for name, module in model.named_modules() if name.endswith(".mlp"))
     mlp.register_forward_pre_hook(lambda *_: calls.append(1))  # a repeated forward pass may end inside the MLP
     return calls
-
-
-class WithRoutes(CurrentModel):
-    """Lets a mixture replay experts that follow from the tokens alone."""
-
-    def proximal(self, batches: Sequence[PaddedBatch], now: Version, fresh: int = 0) -> Exact:
-        own, layers = super().proximal(batches, now, fresh), len(routers_of(self.model))
-        places = np.arange(layers)[:, None] + np.arange(2)
-        routes = [((batch.tokens[:, :, None, None] + places) % 8).astype(np.int16) for batch in batches]
-        return replace(own, routes=list(routes)) if layers else own
 
 
 def results(policy: TrainablePolicy, minibatches: list[list[Row]], ranks: ProcessGroup) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.services.learner.batch.batching import PaddedBatch
-from palimpsest.services.learner.model.packing import PackedRows
+from palimpsest.services.learner.model.packing import PackedRows, packs_rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +32,11 @@ def on_device(batch: PaddedBatch, device: torch.device) -> DeviceBatch:
     if kept is None:
         kept = batch.on_devices[device] = _moved(batch, device)
     return kept
+
+
+def packed_rows(model: torch.nn.Module, batch: PaddedBatch, device: torch.device) -> PackedRows | None:
+    """Return where the tokens of the model's pass over this batch are; None if its passes are padded."""
+    return on_device(batch, device).rows if packs_rows(model) else None
 
 
 def _moved(batch: PaddedBatch, device: torch.device) -> DeviceBatch:

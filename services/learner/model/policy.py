@@ -15,7 +15,7 @@ from palimpsest.common.model_path import WHOLE, refuse_no_model, sentence
 from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.batch.batching import PaddedBatch
 from palimpsest.services.learner.model.context import SlicedRows, context_of
-from palimpsest.services.learner.model.device_batch import on_device
+from palimpsest.services.learner.model.device_batch import on_device, packed_rows
 from palimpsest.services.learner.model.logprobs import Positions, checkpointed_logprobs, chunked_logprobs
 from palimpsest.services.learner.model.lora import add_adapter
 from palimpsest.services.learner.model.output_head import (
@@ -25,7 +25,7 @@ from palimpsest.services.learner.model.output_head import (
     decoder_of,
     find_head,
 )
-from palimpsest.services.learner.model.packing import PACKED, PackedRows, packed_attention, packs_rows, use_packing
+from palimpsest.services.learner.model.packing import PACKED, PackedRows, packed_attention, use_packing
 from palimpsest.services.learner.model.routing import replayed
 from palimpsest.services.learner.sharding.sharded_model import ShardedModel
 
@@ -167,8 +167,8 @@ def score_batch(
     own = on_device(batch, device)
     temperatures = own.temperatures if temperature is None else torch.full_like(own.temperatures, temperature)
     chosen = own.mask if wanted is None else torch.from_numpy(wanted).to(device)
-    with replayed(model, batch.routes):
-        rows = own.rows if packs_rows(model) else None
+    rows = packed_rows(model, batch, device)
+    with replayed(model, batch.routes, rows):
         return token_logprobs(model, own.tokens, temperatures, wanted=chosen, rows=rows)
 
 
@@ -178,8 +178,8 @@ def score_batch_and_entropy(model: torch.nn.Module, batch: PaddedBatch, device: 
     Replays the batch's routes, if it has any.
     """
     own = on_device(batch, device)
-    rows = own.rows if packs_rows(model) else None
-    with replayed(model, batch.routes):
+    rows = packed_rows(model, batch, device)
+    with replayed(model, batch.routes, rows):
         return token_logprobs_and_entropy(model, own.tokens, own.temperatures, wanted=own.mask, rows=rows)
 
 

@@ -7,6 +7,9 @@ router's own code. So it works for every family whose routers choose with one `t
 
 The routers are changed for the time of a pass only. A pass whose layers are computed again (activation checkpointing)
 needs the replay in its backward pass, too.
+
+A router gets the positions of a pass in one sequence: padded rows one after another, packed rows without padding, or
+the own tokens of a rank that shares rows. Routes are always those of padded rows.
 """
 
 import re
@@ -14,15 +17,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from palimpsest.common.user_error import UserError
-from palimpsest.services.learner.batch.batching import Routes
+from palimpsest.services.learner.batch.batching import FREE, Routes
+from palimpsest.services.learner.model.context import SlicedRows, context_of
 from palimpsest.services.learner.model.output_head import PROBE_TOKENS, decoder_of, find_head
+from palimpsest.services.learner.model.packing import PackedRows
 from palimpsest.services.learner.sharding.sharded_model import ShardedModel, device_of
 
 Chosen = list[list[Tensor]]
@@ -31,24 +34,37 @@ Chosen = list[list[Tensor]]
 
 def routers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Return the routers in the order of the layers; [] for a dense model."""
-    causal = model.causal if isinstance(model, ShardedModel) else model
-    return [module for module in causal.modules() if _is_router(module)]
+    return [module for module in _causal(model).modules() if _is_router(module)]
 
 
 @contextmanager
-def replayed(model: torch.nn.Module, routes: Routes | None) -> Iterator[None]:
+def replayed(model: torch.nn.Module, routes: Routes | None, rows: PackedRows | None = None) -> Iterator[None]:
     """Replay routes in the passes of this block. None: the routers choose by themselves.
 
-    routes: of the passes' positions, of the layers with experts or of all; where they are FREE, the router chooses.
+    routes: of the positions of the padded rows, of the layers with experts or of all; where they are FREE, the router
+    chooses. rows: of packed passes; None: the passes are padded.
     """
     if routes is None:
         yield
         return
-    device = device_of(model)
-    layers = torch.from_numpy(routes).to(device).permute(2, 0, 1, 3).flatten(1, 2).long()
+    positions = torch.from_numpy(routes).to(device_of(model)).flatten(0, 1)
+    if rows is not None:
+        sliced = _sliced(model, rows, routes.shape[1])
+        positions = positions[rows.places if sliced is None else sliced.places]
+    layers = positions.transpose(0, 1).long()
     places: Sequence[int] = _places(model) if len(layers) != len(routers_of(model)) else range(len(layers))
     with _changed(model, lambda layer: _Choice(layers[places[layer]], None)):
         yield
+
+
+def _causal(model: torch.nn.Module) -> torch.nn.Module:
+    return model.causal if isinstance(model, ShardedModel) else model
+
+
+def _sliced(model: torch.nn.Module, rows: PackedRows, length: int) -> SlicedRows | None:
+    """Return the tokens of packed rows that this rank computes; None if no rank shares rows. length: of padded rows."""
+    context = context_of(_causal(model))
+    return None if context is None else SlicedRows.of(rows.starts.diff().tolist(), length, context, rows.places.device)
 
 
 def _places(model: torch.nn.Module) -> list[int]:
@@ -66,10 +82,27 @@ def recorded(model: torch.nn.Module) -> Iterator[Chosen]:
 
 
 def as_routes(found: Chosen, rows: int) -> Routes:
-    """Return the recorded experts of a single pass over this number of rows. See Routes."""
-    layers = [experts.reshape(rows, -1, experts.shape[-1]) for (experts,) in found]
-    array: NDArray[np.int16] = torch.stack(layers, dim=2).to(torch.int16).cpu().numpy()
+    """Return the recorded experts of a single padded pass over this number of rows. See Routes."""
+    array: Routes = _positions(found).unflatten(0, (rows, -1)).cpu().numpy()
     return array
+
+
+def as_routes_of_packed(model: torch.nn.Module, found: Chosen, shape: Sequence[int], rows: PackedRows) -> Routes:
+    """Return the recorded experts of a single packed pass, FREE at padding. shape: rows and length of the padded rows.
+
+    If ranks share rows, they all must call it.
+    """
+    positions, sliced = _positions(found), _sliced(model, rows, shape[1])
+    if sliced is not None:
+        positions = sliced.context.gather(positions)[sliced.kept]
+    padded = positions.new_full((shape[0] * shape[1], *positions.shape[1:]), FREE)
+    array: Routes = padded.index_copy(0, rows.places, positions).unflatten(0, tuple(shape)).cpu().numpy()
+    return array
+
+
+def _positions(found: Chosen) -> Tensor:
+    """[positions, layers, experts of a token] int16"""
+    return torch.stack([experts for (experts,) in found], dim=1).to(torch.int16)
 
 
 @torch.no_grad()

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from palimpsest.common.versions import UNTRAINABLE, Version
 from palimpsest.services.learner.batch.batching import FREE, PaddedBatch, Routes, Row, empty_batch, micro_batches, pad
 from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.model.device_batch import packed_rows
 from palimpsest.services.learner.model.packing import packs_rows
 from palimpsest.services.learner.model.policy import score_batch
-from palimpsest.services.learner.model.routing import as_routes, recorded
+from palimpsest.services.learner.model.routing import as_routes, as_routes_of_packed, recorded
 from palimpsest.services.learner.proximal.types import NO_PASS, TRAINING_PASS, RecordedRoutes
 from palimpsest.services.learner.sharding.sharded_model import ShardedModel
 
@@ -109,7 +110,10 @@ class BatchScores:
             scored = score_batch(model, batch, self._device)
         if isinstance(model, ShardedModel) and model.errors.any_deferred:
             return scored, None  # the batch is scored again without the row that fails
-        return scored, as_routes(found, len(batch.rows))
+        rows = packed_rows(model, batch, self._device)
+        if rows is None:
+            return scored, as_routes(found, len(batch.rows))
+        return scored, as_routes_of_packed(model, found, batch.tokens.shape, rows)
 
 
 class RouteRecorder:

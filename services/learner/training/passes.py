@@ -21,7 +21,7 @@ from palimpsest.services.learner.losses.m2po import harmful_squares, m2po_tau
 from palimpsest.services.learner.losses.objective import Objective, Terms, switch
 from palimpsest.services.learner.losses.r2vpo import squared_deviation
 from palimpsest.services.learner.losses.types import Inputs
-from palimpsest.services.learner.model.device_batch import on_device
+from palimpsest.services.learner.model.device_batch import on_device, packed_rows
 from palimpsest.services.learner.model.failing_rows import failing_places, may_be_of_row, neutral
 from palimpsest.services.learner.model.policy import score_batch, score_batch_and_entropy
 from palimpsest.services.learner.model.routing import replayed
@@ -310,7 +310,8 @@ class Passes:
                 history=self._state.entropies.turns(self._config.loss.epo.history),
                 phase=version.phase,
             )
-            with replayed(self._policy.model, batch.routes):  # layers that are computed again choose the same experts
+            rows = packed_rows(self._policy.model, batch, self._device)
+            with replayed(self._policy.model, batch.routes, rows):  # layers computed again choose the same experts
                 loss.backward()  # type: ignore[no-untyped-call]
         if prepared.reference and self._config.loss.kl.place == "loss":
             with torch.no_grad():

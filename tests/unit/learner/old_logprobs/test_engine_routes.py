@@ -112,9 +112,9 @@ def test_an_engine_that_returns_too_few_positions_is_found() -> None:
 class Recorded:
     """A version trained on trajectories with the engine's experts, and its record."""
 
-    def __init__(self, tmp_path: Path, folder: Path, store: SnapshotClient) -> None:
-        self._folder, self._model = tmp_path, folder
-        policy = load(folder)
+    def __init__(self, tmp_path: Path, folder: Path, store: SnapshotClient, layout: str) -> None:
+        self._folder, self._model, self._packed = tmp_path, folder, layout == "packed"
+        policy = load_model(str(folder), CPU, "sdpa", layout=layout) if self._packed else load(folder)
         for version in range(NOW + 1):
             perturb(policy, by=0.03, seed=version)
             store.put("test", Version(version), raw_tensors(named_weights(policy)), canaries(policy), writer=1)
@@ -124,23 +124,25 @@ class Recorded:
         source = SnapshotSource(policy, store, CPU, max_tokens=60, loaded=lambda _: None)
         self.trained: StepResult = train(
             TrainablePolicy(policy, OptimizerConfig(lr=1e-3)), source, ProcessGroup(), [self.rows], NOW,
-            config=a_learner(discrepancy=UNCORRECTED, micro_batch_tokens=60),
+            config=a_learner(discrepancy=UNCORRECTED, micro_batch_tokens=60, layout=layout),
         )  # fmt: skip
         BatchDump(tmp_path / "records").record(Batch(NOW, Version(NOW + 1), [], [self.rows], [], 0), self.trained)
 
     def unequal(self, *, engine: bool) -> int:
-        models = Models(self._folder / "store", str(self._model), "eager")
+        attention = "sdpa" if self._packed else "eager"
+        models = Models(self._folder / "store", str(self._model), attention, packed=self._packed)
         seen = rescore(self._folder / "records", models, engine=engine)
         assert seen["same_layout_tokens"] == sum(row.trainable for row in self.rows)
         unequal: int = seen["same_layout_unequal"]
         return unequal
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_both_passes_replay_them_and_rescoring_repeats_both(
-    tmp_path: Path, folder: Path, store: SnapshotClient, monkeypatch: pytest.MonkeyPatch
+    layout: str, tmp_path: Path, folder: Path, store: SnapshotClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the replay in the old log-probs' passes, or in all, the values are others."""
-    run = Recorded(tmp_path, folder, store)
+    run = Recorded(tmp_path, folder, store, layout)
     assert run.unequal(engine=True) == 0
     of_older = sum(int((row.versions == 0).sum()) for row in run.rows)
     assert run.unequal(engine=False) > of_older / 2

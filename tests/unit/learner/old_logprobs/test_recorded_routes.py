@@ -121,8 +121,3 @@ def test_unchanged_weights_make_the_ratio_one(trained: TrainedBatch) -> None:
 def test_routes_that_do_not_record_are_refused(proximal: dict[str, object]) -> None:
     with pytest.raises(ValueError, match='routing_replay = "learner" records the experts in the passes'):
         LearnerConfig.model_validate({"versions": 1, "routing_replay": "learner", "proximal": proximal})
-
-
-def test_packed_rows_are_refused() -> None:
-    with pytest.raises(ValueError, match='layout = "packed" does not support routing_replay'):
-        LearnerConfig.model_validate({"versions": 1, "routing_replay": "learner", "layout": "packed"})

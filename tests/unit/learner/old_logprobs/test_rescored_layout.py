@@ -90,11 +90,12 @@ class Recorded:
         return rows
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_replayed_routes_are_repeated_bit_for_bit(
-    tmp_path: Path, store: SnapshotClient, monkeypatch: pytest.MonkeyPatch
+    layout: str, tmp_path: Path, store: SnapshotClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The training passes replay the experts of older versions; without these the values differ."""
-    run = Recorded(tmp_path, build("Qwen3-MoE", tmp_path / "model"), store, "routes")
+    run = Recorded(tmp_path, build("Qwen3-MoE", tmp_path / "model"), store, "routes", layout=layout)
     replayed = [one.batch.routes for one in run.trained.micro_batches if one.batch.routes is not None]
     assert any((routes == FREE).any() and (routes != FREE).any() for routes in replayed)
     rows = [row for minibatch in run.minibatches for row in minibatch]
