@@ -83,7 +83,8 @@ def recorded(model: torch.nn.Module) -> Iterator[Chosen]:
 
 def as_routes(found: Chosen, rows: int) -> Routes:
     """Return the recorded experts of a single padded pass over this number of rows. See Routes."""
-    array: Routes = _positions(found).unflatten(0, (rows, -1)).cpu().numpy()
+    positions = _positions(found)
+    array: Routes = positions.reshape(rows, -1, *positions.shape[1:]).cpu().numpy()
     return array
 
 
@@ -96,7 +97,7 @@ def as_routes_of_packed(model: torch.nn.Module, found: Chosen, shape: Sequence[i
     if sliced is not None:
         positions = sliced.context.gather(positions)[sliced.kept]
     padded = positions.new_full((shape[0] * shape[1], *positions.shape[1:]), FREE)
-    array: Routes = padded.index_copy(0, rows.places, positions).unflatten(0, tuple(shape)).cpu().numpy()
+    array: Routes = padded.index_copy(0, rows.places, positions).reshape(*shape, *positions.shape[1:]).cpu().numpy()
     return array
 
 
