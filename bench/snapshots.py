@@ -46,23 +46,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from blake3 import blake3
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from bench.load_as_built import as_built, medians, now, since
 from bench.publish_stall import publish_stall
 from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.common.service import Server
 from palimpsest.common.snapshots.ahead import FetchAhead
 from palimpsest.common.snapshots.chain import ChainCost
 from palimpsest.common.snapshots.client import ParentWeights, RawTensor, SnapshotClient
-from palimpsest.common.snapshots.codec import decode_base, encode_base
 from palimpsest.common.snapshots.encoding import encode_version
-from palimpsest.common.snapshots.manifest import ITEMSIZE, Manifest, Parent, seal
+from palimpsest.common.snapshots.manifest import Manifest, Parent, seal
 from palimpsest.common.snapshots.walker import Walker
 from palimpsest.common.snapshots.writer import Writer
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.model.trainable import TrainablePolicy
-from palimpsest.services.learner.model.weights import EditableModel, load_weights, named_weights, raw_tensors
+from palimpsest.services.learner.model.weights import EditableModel, named_weights, raw_tensors
 from palimpsest.services.learner.old_logprobs.versioned_model import VersionedModel
 from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
 from palimpsest.services.snapshot_store.app import create_app
@@ -165,7 +164,7 @@ def _case(rate: float, options: argparse.Namespace) -> dict[str, Any]:
             for count in options.stall_tokens
         }
     raw = versions.raw_bytes
-    as_built = _as_built(versions.last, model)
+    built = as_built(versions.last, model)
     parameters = sum(p.numel() for p in model.parameters())
     return {
         "learning_rate": rate,
@@ -174,20 +173,20 @@ def _case(rate: float, options: argparse.Namespace) -> dict[str, Any]:
         "changed_share_first_to_last": [round(versions.shares[0], 5), round(versions.shares[-1], 5)],
         "bases": versions.bases,
         "full_bytes": raw * options.versions,
-        "as_built_bytes": as_built["bytes"] * options.versions,
+        "as_built_bytes": built["bytes"] * options.versions,
         "stored_bytes": versions.stored,
         "stored_ratio": round(raw * options.versions / versions.stored, 2),
-        "stored_ratio_to_as_built": round(as_built["bytes"] * options.versions / versions.stored, 2),
+        "stored_ratio_to_as_built": round(built["bytes"] * options.versions / versions.stored, 2),
         "bytes_per_changed_weight": versions.bytes_per_changed(),
         "encode_mb_per_s_core": versions.encode_rate(),
         "base_mb_per_s_core": round(raw / 1e6 / versions.base_seconds),
-        "hop": (hop := _medians(hops)),
-        "load_as_built": as_built["load"],
-        "raw_map": as_built["raw_map"],
-        "hop_speedup": round(as_built["load"]["wall_s"] / hop["wall_s"], 2),
-        "hop_with_download": (slow := _medians(with_download)),
-        "hop_speedup_with_download": round(as_built["load"]["wall_s"] / slow["wall_s"], 2),
-        "hop_speedup_processor": round(as_built["load"]["processor_s"] / hop["processor_s"], 2),
+        "hop": (hop := medians(hops)),
+        "load_as_built": built["load"],
+        "raw_map": built["raw_map"],
+        "hop_speedup": round(built["load"]["wall_s"] / hop["wall_s"], 2),
+        "hop_with_download": (slow := medians(with_download)),
+        "hop_speedup_with_download": round(built["load"]["wall_s"] / slow["wall_s"], 2),
+        "hop_speedup_processor": round(built["load"]["processor_s"] / hop["processor_s"], 2),
         "resident_ratio_to_ewma": round(resident["shadow"] / resident["ewma"], 3),
         "resident_ratio_to_bf16_average": round(resident["shadow"] / resident["bf16_average"], 3),
         "resident_bytes": resident,
@@ -302,9 +301,9 @@ class _Published:
             if ahead:
                 source.begin(Version(version + 1), Version(version))
                 source.wait()
-            began = _now()
+            began = now()
             walker.move(Version(version))
-            seconds.append(_since(began))
+            seconds.append(since(began))
         return seconds
 
 
@@ -316,48 +315,3 @@ def _live_bytes() -> int:
         if issubclass(type(each), torch.Tensor):  # isinstance would make objects of torch.distributed warn
             storages[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
     return sum(storages.values())
-
-
-def _as_built(weights: list[RawTensor], model: torch.nn.Module) -> dict[str, Any]:
-    """The size of a version before deltas, and seconds to load it into the model, and from a raw memory map."""
-    frames = [encode_base(tensor.raw, itemsize=ITEMSIZE[tensor.dtype], level=3) for tensor in weights]
-    loads, maps = [], []
-
-    def decoded() -> Any:
-        for tensor, frame in zip(weights, frames, strict=True):
-            raw = decode_base(frame, itemsize=ITEMSIZE[tensor.dtype], size=len(tensor.raw))
-            blake3(raw.data).hexdigest()
-            yield replace(tensor, raw=raw)
-
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(b"".join(tensor.raw.tobytes() for tensor in weights))
-        file.flush()
-        for _ in range(3):
-            began = _now()
-            load_weights(model, decoded())
-            loads.append(_since(began))
-            began = _now()
-            mapped, start = np.memmap(file.name, np.uint8, "r"), 0
-            for tensor, target in zip(weights, named_weights(model).values(), strict=True):
-                part = np.array(mapped[start : start + len(tensor.raw)])
-                target.copy_(torch.from_numpy(part).view(target.dtype).reshape(target.shape))
-                start += len(tensor.raw)
-            maps.append(_since(began))
-    return {"bytes": sum(map(len, frames)), "load": _medians(loads), "raw_map": _medians(maps)}
-
-
-def _now() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
-
-
-def _since(began: tuple[float, float]) -> tuple[float, float]:
-    """Wall and processor seconds since `began`."""
-    wall, processor = _now()
-    return wall - began[0], processor - began[1]
-
-
-def _medians(times: Sequence[tuple[float, float]]) -> dict[str, float]:
-    return {
-        "wall_s": round(median(wall for wall, _ in times), 5),
-        "processor_s": round(median(processor for _, processor in times), 5),
-    }
