@@ -4,27 +4,32 @@ Precedence: defaults < TOML < environment (PALIMPSEST_LEARNER__VERSIONS) < flags
 records the origin of every value, so that an error names it. An error about an unknown key suggests the closest key.
 """
 
-import difflib
 import re
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from palimpsest.common import run_folder
 from palimpsest.common.config.environment import variables
 from palimpsest.common.config.proximal import SnapshotProximal
 from palimpsest.common.config.recipes import apply_recipe, unknown
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.config.schema_keys import (
+    Key,
+    bare_type,
+    expected_type,
+    fields_of,
+    members_of,
+    section_fields,
+    unknown_key,
+)
 from palimpsest.common.user_error import UserError
 
-Key = tuple[str, ...]
-MOST_SUGGESTED = 3
-"""Keys of other sections that the error about an unknown key names, at most."""
 RENAMED: dict[Key, Key] = {
     ("learner", "discrepancy", "weight_normalise"): ("learner", "discrepancy", "weight_normalize"),
 }
@@ -202,7 +207,7 @@ def _problem(key: Key, detail: Any, tag: str | None, by: str) -> str:
 
     tag: the kind of the section that holds the key, if the section has kinds. by: the origin of that kind.
     """
-    name, section, given = ".".join(key), _fields(key), f"got {detail['input']!r}"
+    name, section, given = ".".join(key), fields_of(key), f"got {detail['input']!r}"
     if key[-1:] == ("[key]",):
         return f"{'.'.join(key[:-2])}: there is no {key[-2]!r}; it can be {detail['ctx']['expected']}"
     match detail["type"]:
@@ -243,120 +248,28 @@ def _origin(origins: Mapping[Key, str], key: Key, detail: Any) -> str | None:
 
 def _is_tag(key: Key, i: int) -> bool:
     """Whether key[i] is the name of a union member that pydantic inserted into the path."""
-    return i > 0 and _fields(key[:i]) is not None and key[i] not in (_fields(key[:i]) or {}) and i < len(key) - 1
+    return i > 0 and fields_of(key[:i]) is not None and key[i] not in (fields_of(key[:i]) or {}) and i < len(key) - 1
 
 
 def _is_branch(key: Key) -> bool:
     """Whether the last part of the key is a type name that pydantic inserted for a key with several types."""
     above = expected_type(key[:-1]) if len(key) > 1 else None
-    return above is not None and len(_members(above)) > 1 and _section_fields(above) is None
+    return above is not None and len(members_of(above)) > 1 and section_fields(above) is None
 
 
 def _or_words(key: Key) -> str:
     """Return the words that the key accepts instead of a number, as the end of an error text."""
-    members = _members(expected_type(key)) if key else []
+    members = members_of(expected_type(key)) if key else []
     literals = [member for member in members if get_origin(member) is Literal]
     return "".join(f", or be {word!r}" for word in get_args(literals[0])) if literals and len(members) > 1 else ""
 
 
 def _is_pair(key: Key) -> bool:
     """Whether the key takes a pair of numbers."""
-    return bool(key) and any(get_args(_bare(m)) == (float, float) for m in _members(expected_type(key)))
-
-
-def unknown_key(key: Key, tag: str | None = None, by: str = "") -> str:
-    """Return the error text for a key that the schema does not have. tag, by: see `_problem`."""
-    for depth in range(len(key)):
-        fields = _fields(key[:depth])
-        if fields is None or key[depth] in fields:
-            continue
-        section = ".".join(key[:depth])
-        near = difflib.get_close_matches(key[depth], fields, n=1, cutoff=0.5)
-        elsewhere = _keys_named(key[depth], key[:depth]) or ([] if near else _keys_named(key[depth], ()))
-        name = ".".join(key[: depth + 1])
-        kinds = len(_members(expected_type(key[:depth]))) > 1
-        where = f"any kind of {section}" if kinds else f"[{section}]" if section else "a run"
-        if elsewhere and depth == len(key) - 1:
-            return f"{name} is not a key of {where}; did you mean {_or(elsewhere)}?"
-        if near:
-            return f"{name} is not a key of {where}; did you mean {'.'.join((*key[:depth], near[0]))}?"
-        return f"{name} is not a key of {where}; {'they have' if kinds else 'it has'} {', '.join(sorted(fields))}"
-    above = ".".join(key[:-1])
-    if _fields(key[:-1]) is None:
-        return f"{'.'.join(key)} is not a key: {above} has none"
-    own = next(
-        m.model_fields for m in _members(expected_type(key[:-1])) if tag in get_args(m.model_fields["kind"].annotation)
-    )
-    return f'{".".join(key)} is not a key of {above} with kind = "{tag}"{by}; that has {", ".join(sorted(own))}'
-
-
-def _keys_named(name: str, section: Key) -> list[str]:
-    """Return the keys below a section that have this name, those of outer sections first; [] if more than three do."""
-    found, sections = list[str](), [section]
-    for above in sections:  # grows while it is read
-        for own in _fields(above) or {}:
-            if _fields((*above, own)) is not None:
-                sections.append((*above, own))
-            elif own == name:
-                found.append(".".join((*above, own)))
-    return found if len(found) <= MOST_SUGGESTED else []
-
-
-def _or(words: list[str]) -> str:
-    return " or ".join((", ".join(words[:-1]), words[-1])) if len(words) > 1 else words[0]
-
-
-def _fields(key: Key) -> dict[str, Any] | None:
-    """Return names and types of the keys in a section, or None if the key is not a section."""
-    expected: Any = RunConfig
-    for part in key:
-        if get_origin(_bare(expected)) is dict:
-            expected = get_args(_bare(expected))[1]
-            continue
-        fields = _section_fields(expected)
-        if fields is None or part not in fields:
-            return None
-        expected = fields[part]
-    return _section_fields(expected)
-
-
-def expected_type(key: Key) -> Any:
-    """Return the type of this key in the schema, or None if the schema has no such key."""
-    expected: Any = RunConfig
-    for part in key:
-        fields = _section_fields(expected)
-        if fields is None:
-            origin = get_origin(_bare(expected))
-            if origin is dict:
-                expected = get_args(_bare(expected))[1]
-                continue
-            return None
-        if part not in fields:
-            return None
-        expected = fields[part]
-    return expected
-
-
-def _section_fields(annotation: Any) -> dict[str, Any] | None:
-    members = _members(annotation)
-    sections = [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
-    if not sections:
-        return None
-    return {name: info.annotation for section in sections for name, info in section.model_fields.items()}
-
-
-def _members(annotation: Any) -> list[Any]:
-    annotation = _bare(annotation)
-    if get_origin(annotation) in (Union, types.UnionType):
-        return [member for arg in get_args(annotation) for member in _members(arg)]
-    return [annotation]
-
-
-def _bare(annotation: Any) -> Any:
-    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    return bool(key) and any(get_args(bare_type(m)) == (float, float) for m in members_of(expected_type(key)))
 
 
 def _is_text(annotation: Any) -> bool:
     """Whether the key takes the text of a flag unchanged instead of a TOML literal."""
-    members = _members(annotation)
+    members = members_of(annotation)
     return all(m in (str, Path, types.NoneType) or get_origin(m) is Literal for m in members)

@@ -9,8 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from palimpsest.common.config.load import expected_type, problems_of, unknown_key
+from palimpsest.common.config.load import problems_of
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.config.schema_keys import expected_type, unknown_key
 
 
 class AppliesFrom(StrEnum):

@@ -333,9 +333,7 @@ def test_a_starting_adapter_needs_a_rank(run: Path) -> None:
     ],
 )
 def test_what_needs_a_whole_model_is_refused_with_sharding(run: Path, flag: str, reason: str) -> None:
-    flags = [f"--learner.{flag}"]
-    if flag.startswith("vcpo"):
-        flags.append("--learner.loss.objective=policy_gradient")
+    flags = [f"--learner.{flag}", *(["--learner.loss.objective=policy_gradient"] if flag.startswith("vcpo") else [])]
     loaded(run, *flags)
     message = refused(run, "--learner.sharding=full", *flags)
     assert f'sharding = "full" does not support it: {reason}' in message
