@@ -7,6 +7,7 @@ class.
 
 from palimpsest.common.environments.authoring.dataset_environment import from_dataset
 from palimpsest.common.environments.authoring.function_environment import Task, from_tools
+from palimpsest.common.environments.authoring.program_tool import python_tool
 from palimpsest.common.environments.authoring.tools import NoSchema, tool
 from palimpsest.common.environments.authoring.trl_class import trl_environment
 from palimpsest.common.environments.port import (
@@ -22,6 +23,7 @@ from palimpsest.common.environments.port import (
     digest,
     generator,
 )
+from palimpsest.common.environments.sandbox.program import ProgramLimits, ProgramResult, run_program
 from palimpsest.common.environments.single_call import ToolFailed
 
 __all__ = [
@@ -31,6 +33,8 @@ __all__ = [
     "NoSchema",
     "Opening",
     "Outcome",
+    "ProgramLimits",
+    "ProgramResult",
     "Reply",
     "Score",
     "Task",
@@ -41,6 +45,8 @@ __all__ = [
     "from_dataset",
     "from_tools",
     "generator",
+    "python_tool",
+    "run_program",
     "tool",
     "trl_environment",
 ]

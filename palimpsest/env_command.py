@@ -13,6 +13,7 @@ from pathlib import Path
 from palimpsest.common.config import RunConfig, load
 from palimpsest.common.environments.port import EnvironmentFailed, Opening
 from palimpsest.common.environments.reasoning_gym_tasks import DATASETS
+from palimpsest.common.environments.sandbox.program import permit
 from palimpsest.common.sessions.hosts import EnvironmentHost, InProcess
 from palimpsest.common.sessions.registry import Entry, Registry
 from palimpsest.common.user_error import UserError
@@ -20,6 +21,7 @@ from palimpsest.env_offered import found, offered
 from palimpsest.services.env_gateway import plugins
 from palimpsest.services.env_gateway.checks.check import Open, check
 from palimpsest.services.env_gateway.checks.play import play
+from palimpsest.services.env_gateway.code_tools import code_tools
 from palimpsest.services.env_gateway.isolated import REASONING_GYM
 from palimpsest.services.env_gateway.processes.child import describe_class
 from palimpsest.services.env_gateway.processes.pool import Pool
@@ -73,6 +75,8 @@ def command(arguments: Sequence[str]) -> None:
         return
     request = parse(arguments, os.environ)
     if ":" in request.name:
+        if request.config is not None:
+            permit(code_tools(request.config.env_gateway, None))
         try_out(request, unlisted(request.name), in_this_process=True)
         return
     with offered(request.config) as (pool, entries):

@@ -12,6 +12,7 @@ from palimpsest.common.user_error import UserError
 from palimpsest.services.env_gateway import plugins
 from palimpsest.services.env_gateway.adapters import entries as adapter_entries
 from palimpsest.services.env_gateway.child_limits import child_limits, log_limits
+from palimpsest.services.env_gateway.code_tools import code_tools
 from palimpsest.services.env_gateway.isolated import reasoning_gym
 from palimpsest.services.env_gateway.processes.pool import Pool
 
@@ -46,6 +47,7 @@ def offered(config: RunConfig | None, *, serving: bool = False) -> Iterator[tupl
             (*gateway.plugin_variables, *adapter_entries.variables(gateway.adapters)), os.environ
         ),
         limits=limits,
+        code_tools=code_tools(gateway, limits),
     )
     try:
         yield (

@@ -111,6 +111,13 @@ class EnvGatewayConfig(Service):
     child_network: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Names of plugins and adapters whose processes may use the network. Adapters with a `url` always may. The others
     have none where the machine can take it from them."""
+    code_tools: Literal["off", "bubblewrap"] = "off"
+    """Whether environments may run programs that the model wrote. `bubblewrap`: in a sandbox of bubblewrap, without
+    a network and without the machine's files; the gateway refuses to start if it cannot make one. Needs `child_user` as
+    root (docs/environment-limits.md)."""
+    code_python: str = ""
+    """Path of the Python that runs these programs. Empty: the gateway's own. The user of a session must be able to read
+    it."""
     isolation: Literal["available", "required"] = "available"
     """`available`: enforce what the machine permits; the log says at the start what is missing. `required`: refuse to
     start if the network, the number of processes or the user cannot be separated (docs/environment-limits.md)."""

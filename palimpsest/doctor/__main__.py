@@ -12,6 +12,7 @@ Before `make setup`: python3 -m palimpsest.doctor (Python 3.9 or later).
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ def main(words: Sequence[str]) -> int:
     checkout = HOME if is_checkout(HOME) else None
     installed = checkout is None or is_set_up(checkout)
     facts = gather.facts(checkout, kind_of_machine(), Path.cwd() / run_file.folder(values), run_file.ports(values))
+    if values.get("env_gateway.code_tools") == "bubblewrap":
+        facts = replace(facts, bubblewrap_missing=shutil.which("bwrap") is None)
     quiet = len(keys) < len(words)
     python = checkout / ".venv" / "bin" / "python" if checkout else Path(sys.executable)
     if installed:

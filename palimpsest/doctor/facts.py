@@ -107,5 +107,7 @@ class Facts:
     """None: no run file was named, or no environment to prove it in exists."""
     tracking: str = ""
     """`tracking.kind` of the run, if its package is not installed; empty otherwise."""
+    bubblewrap_missing: bool = False
+    """Whether `env_gateway.code_tools` of the run needs bubblewrap and it is not on the PATH."""
     engine: str = ""
     """Version of vLLM, if Palimpsest is an installed package; empty without vLLM and for a checkout."""

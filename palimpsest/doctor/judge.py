@@ -7,6 +7,7 @@ from collections.abc import Callable
 from palimpsest.doctor import judge_machine as machine, judge_model as model, judge_places as places
 from palimpsest.doctor.facts import Facts
 from palimpsest.doctor.findings import Finding
+from palimpsest.doctor.judge_sandbox import sandbox
 from palimpsest.doctor.judge_tracking import tracking
 
 Check = Callable[[Facts], Finding]
@@ -38,7 +39,7 @@ def run(facts: Facts) -> list[Finding]:
     """Return the findings of the checks before a run."""
     package: tuple[Check, ...] = () if facts.checkout else (machine.engine,)
     found = [check(facts) for check in (*ALWAYS, *package, *BEFORE_RUNNING)]
-    return found + places.ports(facts) + model.chat_template(facts) + tracking(facts)
+    return found + places.ports(facts) + model.chat_template(facts) + tracking(facts) + sandbox(facts)
 
 
 def everything(facts: Facts, *, installed: bool) -> list[Finding]:

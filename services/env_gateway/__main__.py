@@ -19,6 +19,7 @@ from palimpsest.services.env_gateway import plugins
 from palimpsest.services.env_gateway.adapters import entries as adapter_entries
 from palimpsest.services.env_gateway.app import create_app
 from palimpsest.services.env_gateway.child_limits import child_limits, log_limits
+from palimpsest.services.env_gateway.code_tools import code_tools
 from palimpsest.services.env_gateway.isolated import REASONING_GYM, reasoning_gym
 from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
@@ -35,6 +36,7 @@ def body(invocation: Invocation, stop: Stop) -> None:
     for name in SECRETS:
         os.environ.pop(name, None)  # environments are third-party code and must not read the tokens
     limits, problem = child_limits(config)
+    sandbox = code_tools(config, limits)
     adopt_orphans()
     adapters = adapter_entries.specs(
         config.adapters, taken={*built_in(), *config.plugins}, network=config.child_network
@@ -50,6 +52,7 @@ def body(invocation: Invocation, stop: Stop) -> None:
         ),
         adopts=True,
         limits=limits,
+        code_tools=sandbox,
     )
     try:
         offered = {

@@ -123,6 +123,8 @@ CHANGEABLE = (
     "env_gateway.child_user",
     "env_gateway.child_network",
     "env_gateway.isolation",
+    "env_gateway.code_tools",
+    "env_gateway.code_python",
     "rollout.max_live",
     "rollout.attempts",
     "rollout.canary_tolerance",

@@ -24,6 +24,11 @@ ENV = {
     "NoSchema": None,
     "Opening": "(messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...] = ()) -> None",
     "Outcome": "Reply | Score",
+    "ProgramLimits": (
+        "(time_s: float = 5.0, memory_mib: int = 1024, processes: int = 32, output_bytes: int = 16384, "
+        "folder_mib: int = 64) -> None"
+    ),
+    "ProgramResult": "(stdout: str, stderr: str, exit_status: int | None) -> None",
     "Reply": "(messages: tuple[Message, ...], tool_errors: int = 0) -> None",
     "Score": "(reward: float, success: bool, parts: Mapping[str, float] = <factory>) -> None",
     "Task": "(prompt: str | Sequence[Message], state: Any = None) -> None",
@@ -44,6 +49,14 @@ ENV = {
         "max_turns: int = 32, description: str = '') -> type[FunctionEnvironment]"
     ),
     "generator": "(seed: int) -> Random",
+    "python_tool": (
+        "(name: str = 'python', *, time_limit_s: float = 5.0, memory_mib: int = 1024, processes: int = 32, "
+        "output_bytes: int = 16384, folder_mib: int = 64) -> FunctionTool"
+    ),
+    "run_program": (
+        "(source: str, limits: ProgramLimits = ProgramLimits(time_s=5.0, memory_mib=1024, processes=32, "
+        "output_bytes=16384, folder_mib=64)) -> ProgramResult"
+    ),
     "tool": (
         "(name: Callable[..., Any] | str, description: str = '', **parameters: str) -> FunctionTool | dict[str, Any]"
     ),

@@ -272,6 +272,16 @@ def test_a_missing_package_of_the_tracking_is_a_finding_with_its_command(checkou
     assert command in finding.remedy
 
 
+def test_missing_bubblewrap_is_a_finding_of_a_run_with_code_tools(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.shutil, "which", lambda name: None)
+    main(["--env_gateway.code_tools=bubblewrap"])
+    assert "stops  Code tools" in capsys.readouterr().out
+    main([])
+    assert "Code tools" not in capsys.readouterr().out
+
+
 def test_the_tracking_is_looked_up_in_the_environment_of_the_run() -> None:
     python = Path(sys.executable)
     assert gather.missing_tracking("tensorboard", python) == gather.missing_tracking("none", python) == ""

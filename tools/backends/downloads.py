@@ -1,6 +1,6 @@
-"""Downloads Kafka with Maven, Prometheus and etcd with apt; builds MinIO, Helm, Kubernetes and test programs with Go.
+"""Downloads and builds the programs of tests and of local servers, each once into the cache.
 
-Each once into the cache.
+Maven downloads Kafka; apt Prometheus, etcd and bubblewrap; Go builds MinIO, Helm, Kubernetes and test programs.
 """
 
 import re
@@ -30,7 +30,7 @@ HELM_UNITTEST_VERSION = "1.1.2"
 """Version in go_modules/helm_unittest/go.mod."""
 GRAFANA_SCHEMA_VERSION = "0.0.22"
 """Version of grafana-foundation-sdk in go_modules/grafana/go.mod."""
-ETCD_VERSION, PROMETHEUS_VERSION = "3.4.23", "2.42.0"
+ETCD_VERSION, PROMETHEUS_VERSION, BUBBLEWRAP_VERSION = "3.4.23", "2.42.0", "0.8.0"
 """Versions of Debian 12. apt takes the newest revision."""
 OPERATOR_CRDS = {
     "github.com/kedacore/keda/v2@v2.21.0": "config/crd/bases/keda.sh_*.yaml",
@@ -77,6 +77,14 @@ def etcd(say: Say = announce) -> Path:
     """Return the path of the etcd program. Raises UserError."""
     wanted = ("etcd-server", ETCD_VERSION, ("etcd",))
     return cache.made(f"etcd-{ETCD_VERSION}", lambda partial: _get_debian(partial, *wanted, say), say) / "etcd"
+
+
+def bubblewrap(say: Say = announce) -> Path:
+    """Return the path of the program bwrap. Raises UserError."""
+    wanted = ("bubblewrap", BUBBLEWRAP_VERSION, ("bwrap",))
+    return cache.made(f"bubblewrap-{BUBBLEWRAP_VERSION}", lambda partial: _get_debian(partial, *wanted, say), say) / (
+        "bwrap"
+    )
 
 
 def kubernetes(say: Say = announce) -> Path:

@@ -24,9 +24,9 @@ PODMAN = (
     *("libnfnetlink0", "libnftnl11", "libseccomp2", "libsubid4", "libxtables12"),
 )
 """Podman, its helpers, and the libraries that a Debian may lack. runc, because crun refuses mixed cgroups."""
-BASE = ("python3.11-minimal", "libpython3.11-stdlib", "libstdc++6")
+BASE = ("python3.11-minimal", "libpython3.11-stdlib", "libstdc++6", "bubblewrap")
 """What the image takes from Debian, with its dependencies."""
-BASE_NAME = f"debian-{SUITE}-python{PYTHON[0]}.{PYTHON[1]}"
+BASE_NAME = f"debian-{SUITE}-python{PYTHON[0]}.{PYTHON[1]}-bubblewrap"
 """Name of that root folder in the cache."""
 LIST_PACKAGES = (
     'list="$1/var/lib/dpkg/status.d"; mkdir -p "$list"; for deb in "$1"/var/cache/apt/archives/*.deb; do '

@@ -27,7 +27,7 @@ PREFIX = "opt/palimpsest"
 SITE = f"{PREFIX}/lib/python{debian.PYTHON[0]}.{debian.PYTHON[1]}/site-packages"
 NAME = f"palimpsest-light:{palimpsest.__version__}"
 FROM_DEBIAN = re.compile(
-    r"((usr/)?lib(64)?/.*|usr/bin/python3\.11|usr/share/doc/[^/]+/copyright|etc/(mime\.types|python3\.11/.*)"
+    r"((usr/)?lib(64)?/.*|usr/bin/(python3\.11|bwrap)|usr/share/doc/[^/]+/copyright|etc/(mime\.types|python3\.11/.*)"
     r"|var/lib/dpkg/status\.d/.*)"
 )
 NOT_FROM_DEBIAN = re.compile(

@@ -39,6 +39,8 @@ class FunctionEnvironment:
 
     version = ""
     splits: ClassVar[tuple[str, ...]] = (TRAIN,)
+    runs_programs: ClassVar[bool] = False
+    """Whether a tool runs programs of the model."""
     definition: ClassVar[Definition]
 
     def __init__(self, split: str = TRAIN) -> None:
@@ -136,10 +138,17 @@ def from_tools(
         max_turns=max_turns,
     )
     about = description or (start.__doc__ or "").strip().partition("\n")[0]
+    runs = any(one.runs_programs for one in made)
     return type(
         "FunctionEnvironment",
         (FunctionEnvironment,),
-        {"version": version, "splits": tuple(splits), "definition": definition, "__doc__": about},
+        {
+            "version": version,
+            "splits": tuple(splits),
+            "runs_programs": runs,
+            "definition": definition,
+            "__doc__": about,
+        },
     )
 
 

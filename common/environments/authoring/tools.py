@@ -46,6 +46,8 @@ class FunctionTool:
     arguments: type[BaseModel]
     """Checks the model's arguments. Its fields have the parameters' names as aliases."""
     has_state: bool
+    runs_programs: bool = False
+    """Whether it runs programs of the model, for which env_gateway.code_tools must be on."""
 
     @property
     def name(self) -> str:
@@ -90,7 +92,7 @@ def tool(name: Callable[..., Any] | str, description: str = "", **parameters: st
     return function_tool(name)
 
 
-def function_tool(function: Callable[..., Any] | FunctionTool) -> FunctionTool:
+def function_tool(function: Callable[..., Any] | FunctionTool, *, runs_programs: bool = False) -> FunctionTool:
     """Return the tool of a function. Raises NoSchema."""
     if isinstance(function, FunctionTool):
         return function
@@ -115,7 +117,7 @@ def function_tool(function: Callable[..., Any] | FunctionTool) -> FunctionTool:
         "type": "function",
         "function": {"name": name, "description": about, "parameters": {"properties": {}, "required": [], **body}},
     }
-    return FunctionTool(function, schema, model, has_state)
+    return FunctionTool(function, schema, model, has_state, runs_programs)
 
 
 def _arguments(

@@ -7,6 +7,7 @@ import sys
 from typing import IO, Any
 
 from palimpsest.common.environments.port import Environment, EnvironmentFailed, Reply
+from palimpsest.common.environments.sandbox import program
 from palimpsest.common.sessions.hosts import as_environment_failure
 from palimpsest.common.sessions.output_validation import check_opening, check_outcome, check_score
 from palimpsest.services.env_gateway.adapters.adapter import AdapterUnusable
@@ -77,6 +78,8 @@ def describe_class(loaded: Any) -> Described:
     splits = getattr(loaded, "splits", ())
     if not isinstance(splits, tuple | list) or not all(isinstance(name, str) for name in splits):
         return Described(problem="its `splits` are not a tuple of names")
+    if getattr(loaded, "runs_programs", False) and not program.permitted():
+        return Described(problem=program.OFF)
     return Described(
         version=version, description=(inspect.getdoc(loaded) or "").partition("\n")[0], splits=tuple(splits)
     )

@@ -19,6 +19,7 @@ import socket
 import sys
 import traceback
 
+from palimpsest.common.environments.sandbox.program import permit
 from palimpsest.common.orphans import adopt_orphans, children, kill, kill_children
 from palimpsest.common.parent_death import die_with_parent, survive_parent
 from palimpsest.services.env_gateway.processes import child
@@ -94,6 +95,7 @@ class ForkServer:
             if start.limits is not None:
                 confine(start.limits, network=start.blueprint.network, number=self._started)
                 die_with_parent(parent)  # a change of the user undoes it
+            permit(start.code_tools)
             (child.describe if start.describe else child.serve)(start.blueprint, channel)
             code = 0
         except BaseException:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pydantic import ValidationError
 
 from palimpsest.common.environments.port import EnvironmentFailed
+from palimpsest.common.environments.sandbox.command import Tools
 from palimpsest.common.orphans import kill_children
 from palimpsest.common.secret_variables import of_environments
 from palimpsest.common.sessions.hosts import AtCapacity
@@ -67,15 +68,16 @@ class Pool:
         variables: tuple[str, ...] = (),
         adopts: bool = False,
         limits: ChildLimits | None = None,
+        code_tools: Tools | None = None,
     ) -> None:
         """Allow `limit` children; a request waits `wait_s` seconds for a free place. `modules` are preloaded.
 
         `variables`: names of additional environment variables that the children receive. `adopts`: this process adopts
         orphans and has no children but this pool's, so it kills what a dead fork server leaves behind. `limits`: of
-        each child; None: no limits.
+        each child; None: no limits. `code_tools`: of the sandbox in which tools run programs; None: they run none.
         """
         self._modules, self._variables, self._adopts, self._limits = modules, variables, adopts, limits
-        self._limit, self._wait_s = limit, wait_s
+        self._limit, self._wait_s, self._code_tools = limit, wait_s, code_tools
         self.call_limit_s = call_limit_s
         """Time limit of one call of a child, in seconds."""
         self._free = asyncio.Semaphore(limit)
@@ -158,7 +160,7 @@ class Pool:
                 self._fork_server.wait()
 
     def _start(self, blueprint: EnvironmentSpec, *, describe: bool = False) -> Start:
-        return Start(blueprint=blueprint, describe=describe, limits=self._limits)
+        return Start(blueprint=blueprint, describe=describe, limits=self._limits, code_tools=self._code_tools)
 
     async def _request_when_ready(self, start: Start) -> tuple[socket.socket, socket.socket]:
         while True:

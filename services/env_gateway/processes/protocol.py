@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from palimpsest.common.environments.port import Environment, Opening, Reply, Score, Turn
+from palimpsest.common.environments.sandbox.command import Tools
 from palimpsest.common.sessions.wire import Wire
 from palimpsest.services.env_gateway.processes.confinement import ChildLimits
 
@@ -52,6 +53,8 @@ class Start(Wire):
     """Only check the class, answer with Described, and exit."""
     limits: ChildLimits | None = None
     """Limits of the child's processes; None: no limits."""
+    code_tools: Tools | None = None
+    """Programs of the sandbox in which its tools may run programs of the model; None: they may not."""
 
 
 class ChildRequest(Wire):

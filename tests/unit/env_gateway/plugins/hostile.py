@@ -5,10 +5,24 @@ import math
 import os
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
-from palimpsest.env import Message, Opening, Outcome, Reply, Score, Turn
+from palimpsest.common.orphans import children
+from palimpsest.env import (
+    Message,
+    Opening,
+    Outcome,
+    ProgramLimits,
+    ProgramResult,
+    Reply,
+    Score,
+    Turn,
+    run_program,
+)
 
 
 class Quiet:
@@ -124,3 +138,46 @@ class Floods(Quiet):
 class Lies(Quiet):
     def step(self, turn: Turn) -> Outcome:
         return Score(math.nan, True)
+
+
+class RunsPrograms(Quiet):
+    """Runs the text as a program of the model, and holds a secret: in a file, in a variable and in its memory."""
+
+    runs_programs = True
+    limits = ProgramLimits(time_s=60.0, output_bytes=1000)
+
+    def reset(self, seed: int) -> Opening:
+        self.secret = f"secret-of-{os.getpid()}"
+        os.environ["SECRET"] = self.secret
+        descriptor, name = tempfile.mkstemp(suffix=".reward")
+        os.close(descriptor)
+        self.file = Path(name)
+        self.file.write_text(self.secret)
+        return super().reset(seed)
+
+    def attack(self, text: str) -> str:
+        text = text.replace("PARENT", str(os.getpid())).replace("FILE", str(self.file))
+        result = self.run(text)
+        left = len(children())
+        return f"{result.exit_status} {result.stdout.strip()} {result.stderr[-300:]} {left} left".replace("\n", " ")
+
+    def run(self, text: str) -> ProgramResult:
+        return run_program(text, self.limits)
+
+    def finalize(self) -> Score:
+        held = self.file.read_text()
+        self.file.unlink()
+        return Score(1.0 if held == self.secret else 0.0, False)
+
+
+class RunsProgramsBriefly(RunsPrograms):
+    limits = ProgramLimits(time_s=0.5)
+
+
+class RunsProgramsUnconfined(RunsPrograms):
+    """The same without a sandbox."""
+
+    def run(self, text: str) -> ProgramResult:
+        python = sys.executable if os.access(sys.executable, os.X_OK) else "/usr/bin/python3"
+        done = subprocess.run([python, "-c", text], capture_output=True, text=True, check=False)
+        return ProgramResult(done.stdout, done.stderr, done.returncode)
