@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 import psutil  # type: ignore[import-untyped]
 
-from bench.gateway import adapters
+from bench.gateway import adapters, subjects
 from palimpsest.common.config.env_gateway import AdapterConfig
 from palimpsest.common.environments.port import Turn
 from palimpsest.common.environments.tool_calls import read, render
@@ -72,16 +72,15 @@ def main(words: Sequence[str]) -> dict[str, Any]:
     parser.add_argument("--sessions", default="64,512", help="live sessions of each measurement")
     parser.add_argument("--isolated", default="64", help="live sessions with a process each")
     parser.add_argument("--mcp-steps", type=int, default=200, help="0 leaves out the MCP adapter")
-    parser.add_argument("--adapters", default="", help=f"measure only these adapters: {','.join(adapters.KINDS)}")
+    parser.add_argument("--adapters", default="", help=f"measure only these adapters: {','.join(subjects.KINDS)}")
     parser.add_argument("--steps", type=int, default=360, help="steps of each adapter of --adapters")
-    parser.add_argument("--path", action="append", default=[], help="folder with the packages of --adapters")
     options = parser.parse_args(words)
     kinds = [kind for kind in options.adapters.split(",") if kind]
-    if unknown := set(kinds) - set(adapters.KINDS):
-        parser.error(f"--adapters: {', '.join(sorted(unknown))} is not one of {', '.join(adapters.KINDS)}")
+    if unknown := set(kinds) - set(subjects.KINDS):
+        parser.error(f"--adapters: {', '.join(sorted(unknown))} is not one of {', '.join(subjects.KINDS)}")
     if kinds:
         load = f"{os.getloadavg()[0]:.1f}"
-        return {"load": load, "steps": options.steps, **adapters.over_direct(kinds, options.steps, options.path)}
+        return {"load": load, "steps": options.steps, **adapters.over_direct(kinds, options.steps)}
     return asyncio.run(_measured(options))
 
 

@@ -13,14 +13,15 @@ SESSION_LEASE_S = 600.0
 class AdapterConfig(Section):
     """One environment of another project (docs/adapters.md)."""
 
-    kind: Literal["mcp", "ors", "openenv", "nemo_gym", "gymnasium", "textarena", "skyrl_gym", "tau2"]
+    kind: Literal["mcp", "ors", "openenv", "nemo_gym", "gymnasium", "textarena", "skyrl_gym", "tau2", "vitabench"]
     """Protocol or package."""
     url: str = ""
-    """Address of the server: ors, openenv, mcp, nemo_gym. Of the user's model: tau2."""
+    """Address of the server: ors, openenv, mcp, nemo_gym. Of the user's model: tau2, vitabench."""
     command: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Program and arguments of a server process for each session: mcp."""
     id: str = ""
-    """Name of the environment at the server or in the package: ors, gymnasium, textarena, skyrl_gym, tau2."""
+    """Name of the environment at the server or in the package: ors, gymnasium, textarena, skyrl_gym. Of the task set:
+    tau2, vitabench."""
     split: str = "train"
     """Split of the tasks: ors, skyrl_gym, mcp, nemo_gym, tau2."""
     tasks: str = ""
@@ -31,22 +32,42 @@ class AdapterConfig(Section):
     """Lowest and highest sum of a session's rewards. It is mapped to [0, 1]. None: [0, 1]."""
     token_variable: str = ""
     """Name of the environment variable with a bearer token for the server: ors, openenv, mcp with url. Of the user's
-    model: tau2."""
+    model: tau2, vitabench."""
     checkout: str = ""
-    """Folder of the user's own checkout: tau2."""
+    """Folder of the user's own checkout: tau2, vitabench."""
+    language: Literal["chinese", "english"] = "chinese"
+    """Language of the tasks, tools, user and judge: vitabench."""
     user: Literal["", "none", "scripted", "model"] = ""
     """Who the user of a dialogue is: tau2. `none`: the model works alone. `scripted`: without a model.
     `model`: at `url`."""
     user_model: str = ""
-    """Name of the user's model at its endpoint: tau2."""
+    """Name of the user's model at its endpoint: tau2, vitabench."""
     user_calls: Positive = 64
-    """Maximum number of requests to the user's model in a session, with each retry and each judgement: tau2."""
+    """Maximum number of requests to the user's model in a session, with each retry: tau2, with each judgement,
+    and vitabench."""
     user_tokens: Positive = 1_000_000
-    """Maximum number of tokens of prompts and completions of the user's model in a session: tau2."""
+    """Maximum number of tokens of prompts and completions of the user's model in a session: tau2,
+    vitabench."""
     user_limit_s: PositiveFloat = 60.0
-    """Time limit of one request to the user's model, in seconds: tau2."""
+    """Time limit of one request to the user's model, in seconds: tau2, vitabench."""
     user_session_s: PositiveFloat = 600.0
-    """Maximum time that a session spends at the user's model, in seconds, with the pauses before retries: tau2."""
+    """Maximum time that a session spends at the user's model, in seconds, with the pauses before retries: tau2,
+    vitabench."""
+    judge_url: str = ""
+    """Address of the judge's model: vitabench."""
+    judge_token_variable: str = ""
+    """Name of the environment variable with a bearer token for the judge's model: vitabench."""
+    judge_model: str = ""
+    """Name of the judge's model at its endpoint: vitabench."""
+    judge_calls: Positive = 64
+    """Maximum number of requests to the judge's model in a session, with each retry: vitabench."""
+    judge_tokens: Positive = 1_000_000
+    """Maximum number of tokens of prompts and completions of the judge's model in a session: vitabench."""
+    judge_limit_s: PositiveFloat = 60.0
+    """Time limit of one request to the judge's model, in seconds: vitabench."""
+    judge_session_s: PositiveFloat = 600.0
+    """Maximum time that a session spends at the judge's model, in seconds, with the pauses before retries:
+    vitabench."""
     evaluation: Literal["all", "environment"] = "all"
     """What is scored: tau2. `environment`: the database and its assertions alone."""
 

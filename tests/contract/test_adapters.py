@@ -8,7 +8,6 @@ import json
 import random
 import re
 import sys
-import tomllib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,17 +26,18 @@ from palimpsest.common.user_error import UserError
 from palimpsest.services.env_gateway.adapters import entries
 from palimpsest.services.env_gateway.child_limits import child_limits
 from palimpsest.services.env_gateway.processes.pool import Pool
-from tests.servers import user_model
+from tests.servers import user_model, vita_models
 from tests.servers.adapter_servers import (
     McpHttpServer,
     McpServer,
     NemoGymServer,
     OpenEnvServer,
     OrsServer,
-    library,
-    tau2_checkout,
+    folder_of,
 )
 from tests.servers.chat_endpoint import ChatEndpoint
+from tools.backends.checkouts import TAU2, VITABENCH
+from tools.backends.packages import library
 
 HERE = Path(__file__).parent / "adapters"
 LIMITS = SessionLimits(max_sessions=64, lease_s=600.0, remember_s=60.0, result_bytes=65536)
@@ -124,9 +124,8 @@ def nemo_gym(folder: Path) -> Iterator[Subject]:
 @contextmanager
 def tau2(user: Literal["none", "scripted", "model"]) -> Iterator[Subject]:
     """The tasks of telecom that have data in the checkout, solved by the actions that they expect."""
-    checkout = tau2_checkout()
+    checkout = folder_of(TAU2)
     tasks = json.loads((checkout / "data/tau2/domains/telecom/tasks_small.json").read_text())
-    needs = tomllib.loads((checkout / "pyproject.toml").read_text())["project"]["dependencies"]
 
     def solution(_: str, seed: int) -> list[str]:
         task = tasks[row_of(seed, len(tasks), 0)]
@@ -144,8 +143,21 @@ def tau2(user: Literal["none", "scripted", "model"]) -> Iterator[Subject]:
         config = AdapterConfig.model_validate(
             {"kind": "tau2", "checkout": str(checkout), "id": "telecom", "split": "small", "user": user, **model}
         )
-        path = [str(library("tau2-bench-1.0.1", *needs))]
-        yield Subject(config, solution, path=path, seeds=range(4, 8))
+        yield Subject(config, solution, path=[str(TAU2.library())], seeds=range(4, 8))
+
+
+@contextmanager
+def vitabench(_folder: Path) -> Iterator[Subject]:
+    """The tasks of delivery, solved by the orders that they expect."""
+    checkout = folder_of(VITABENCH)
+    tasks = json.loads((checkout / "data/vita/domains/delivery/tasks_en.json").read_text())
+    solution = lambda _, seed: [*vita_models.orders(tasks[row_of(seed, len(tasks), 0)]), "Goodbye."]  # noqa: E731
+    with ChatEndpoint(vita_models.user) as user, ChatEndpoint(vita_models.judge) as judge:
+        config = AdapterConfig(
+            kind="vitabench", checkout=str(checkout), id="delivery", language="english", url=user.url, user_model="m",
+            judge_url=judge.url, judge_model="j",
+        )  # fmt: skip
+        yield Subject(config, solution, path=[str(VITABENCH.library())], seeds=range(4, 8))
 
 
 @contextmanager
@@ -178,7 +190,7 @@ SUBJECTS = (
     pytest.param(mcp_http, id="mcp_http", marks=pytest.mark.servers),
     *(
         pytest.param(one, id=one.__name__, marks=pytest.mark.long)
-        for one in (ors, openenv, nemo_gym, gymnasium, textarena, skyrl_gym)
+        for one in (ors, openenv, nemo_gym, vitabench, gymnasium, textarena, skyrl_gym)
     ),
     *(
         pytest.param(lambda _, user=user: tau2(user), id=f"tau2-{user}", marks=pytest.mark.long)
@@ -224,6 +236,7 @@ async def play(sessions: Sessions, subject: Subject, seed: int, lost: random.Ran
         steps.append(await take(sessions, session, at, text))
         while lost is not None and lost.random() < 1 / 3:
             assert await take(sessions, session, at, text) == steps[-1]
+        assert all(message.role != "assistant" for message in steps[-1].messages)  # the model knows what it wrote
         if steps[-1].status.is_terminal:
             break
     return steps
@@ -287,6 +300,12 @@ CONFIGS = (
     ({"kind": "openenv", "url": "http://127.0.0.1:9"}, "ws://127.0.0.1:9/ws cannot be reached"),
     ({"kind": "nemo_gym", "url": "http://127.0.0.1:9"}, "kind 'nemo_gym' needs the key `tasks`"),
     ({"kind": "tau2", "id": "retail", "user": "none"}, "kind 'tau2' needs the key `checkout`"),
+    ({"kind": "vitabench", "id": "ota"}, "kind 'vitabench' needs the key `checkout`"),
+    ({"kind": "vitabench", "id": "ota", "checkout": "a"}, "the simulated user of vitabench needs the keys `url` and"),
+    (
+        {"kind": "vitabench", "id": "ota", "checkout": "a", "url": "http://127.0.0.1:9", "user_model": "m"},
+        "the judge of vitabench needs the keys `judge_url` and `judge_model`",
+    ),
     ({"kind": "gymnasium", "id": "A-v0"}, r"No module named 'gymnasium'; install palimpsest\[gymnasium\]"),
     ({"kind": "textarena", "id": "A-v0"}, r"No module named 'textarena'; install palimpsest\[textarena\]"),
     ({"kind": "skyrl_gym", "id": "a", "tasks": "b"}, r"No module named 'skyrl_gym'; install palimpsest\[skyrl-gym\]"),

@@ -32,8 +32,8 @@ from palimpsest.services.env_gateway.adapters.openenv_session import OpenEnvSess
 from palimpsest.services.env_gateway.adapters.ors import OrsEnvironment
 from palimpsest.services.env_gateway.serving.served_session import tools_of
 from palimpsest.services.env_gateway.serving.server import MAX_BYTES, Kind, first_tools, served, shape
-from tests.servers.adapter_servers import interpreter
 from tests.unit.env_gateway.fakes import ScriptedWorld, counter_value, reply
+from tools.backends.packages import interpreter
 
 HERE = Path(__file__).parent / "serving"
 LIMITS = SessionLimits(max_sessions=8, lease_s=600.0, remember_s=60.0, result_bytes=65536)

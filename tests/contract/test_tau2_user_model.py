@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from palimpsest.common.sessions.wire import CreateSession, Session, Status, Step
 from palimpsest.services.env_gateway.adapters import entries
 from palimpsest.services.env_gateway.processes.pool import Pool
 from tests.servers import user_model
-from tests.servers.adapter_servers import library, tau2_checkout
+from tests.servers.adapter_servers import folder_of
 from tests.servers.chat_endpoint import Answer, ChatEndpoint
+from tools.backends.checkouts import TAU2
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.long]
 LIMITS = SessionLimits(max_sessions=64, lease_s=600.0, remember_s=60.0, result_bytes=65536)
@@ -34,9 +34,8 @@ def broken_judge(request: dict[str, Any]) -> Answer:
 @pytest.fixture
 def actions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The actions of the only task, of telecom, in data of the test, where a judge decides too."""
-    checkout = tau2_checkout()
-    needs = tomllib.loads((checkout / "pyproject.toml").read_text())["project"]["dependencies"]
-    monkeypatch.setattr(sys, "path", [*sys.path, str(library("tau2-bench-1.0.1", *needs))])
+    checkout = folder_of(TAU2)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(TAU2.library())])
     monkeypatch.setenv("TAU2_DATA_DIR", str(tmp_path))
     shutil.copytree(checkout / "data" / "tau2", tmp_path / "tau2", ignore=shutil.ignore_patterns("results"))
     path = tmp_path / "tau2" / "domains" / "telecom" / "tasks_small.json"
@@ -55,7 +54,7 @@ async def ended(endpoint: ChatEndpoint, actions: list[dict[str, Any]], limits: d
         "it": AdapterConfig.model_validate(
             {
                 "kind": "tau2",
-                "checkout": str(tau2_checkout()),
+                "checkout": str(folder_of(TAU2)),
                 "id": "telecom",
                 "split": "small",
                 "user": "model",

@@ -15,7 +15,7 @@ from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.messages import TRAJECTORIES, SegmentFlushed, TrajectoryFinished, decode
 from palimpsest.rescore import Models, rescore
 from tests.runs.run_process import RunProcess, check_ledger, history, scripted
-from tests.servers.adapter_servers import UV, interpreter
+from tools.backends.packages import UV, interpreter
 
 pytestmark = [pytest.mark.servers, pytest.mark.long]
 PROGRAM = Path(__file__).parents[1] / "runs" / "agent_program.py"

@@ -1,7 +1,6 @@
 """Servers of other projects for the tests of the adapters, each in an environment of its own in the cache."""
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -15,45 +14,10 @@ import pytest
 
 from tests.processes.waiting import LIMIT_S
 from tests.unit.env_gateway.running import free_port
-from tools.backends import cache
+from tools.backends.checkouts import Checkout, NoCheckout
+from tools.backends.packages import NoPython, interpreter
 
 PROGRAMS = Path(__file__).parents[1] / "contract" / "adapters"
-UV = str(Path(sys.executable).with_name("uv"))
-
-
-def library(requirement: str, *others: str) -> Path:
-    """Return a folder for sys.path with this package and what it needs, or with `others` if they are given."""
-
-    def install(folder: Path) -> None:
-        packages = others or (requirement,)
-        subprocess.run([UV, "pip", "install", "--quiet", "--target", str(folder), *packages], check=True)
-
-    version = f"{sys.version_info.major}{sys.version_info.minor}"
-    return cache.made(f"library-{version}-{requirement.replace('==', '-')}", install, print)
-
-
-def interpreter(requirement: str, *, least: tuple[int, int] = (3, 11)) -> Path:
-    """Return the Python of an environment with this package. least: version of Python that the package needs."""
-    base = _python(least)
-
-    def install(folder: Path) -> None:
-        subprocess.run([UV, "venv", "--quiet", "--clear", "--relocatable", "--python", base, str(folder)], check=True)
-        python = str(folder / "bin" / "python")
-        subprocess.run([UV, "pip", "install", "--quiet", "--python", python, requirement], check=True)
-
-    version = f"{sys.version_info.major}{max(sys.version_info.minor, least[1])}"
-    return cache.made(f"environment-{version}-{requirement.replace('==', '-')}", install, print) / "bin" / "python"
-
-
-def _python(least: tuple[int, int]) -> str:
-    """Return a Python of at least this version. Skips the test if the machine has none."""
-    named = [shutil.which(f"python3.{minor}") for minor in range(least[1], least[1] + 3)]
-    beside = Path(sys.base_prefix).parent.glob("3.*/bin/python")  # as pyenv keeps several
-    for python in (sys.executable, *filter(None, named), *map(str, sorted(beside))):
-        test = f"import sys; sys.exit(not {least} <= sys.version_info[:2] <= (3, 13))"
-        if subprocess.run([python, "-c", test], capture_output=True, check=False).returncode == 0:
-            return python
-    pytest.skip(f"not run: this machine has no Python {least[0]}.{least[1]} or 3.13")
 
 
 class McpServer:
@@ -109,8 +73,11 @@ class ProgramServer:
         self.kill()
 
     def python(self) -> str:
-        """Return the interpreter of the server."""
-        return str(interpreter(self.requirement, least=self.least))
+        """Return the interpreter of the server. Skips the test if the machine has none."""
+        try:
+            return str(interpreter(self.requirement, least=self.least))
+        except NoPython as error:
+            pytest.skip(f"not run: {error}")
 
     def kill(self) -> None:
         """Kill the server."""
@@ -155,13 +122,12 @@ class NemoGymServer(ProgramServer):
         return 0
 
 
-def tau2_checkout() -> Path:
-    """Return the checkout of tau2-bench in the cache. Skips the test if there is none, because it is not published."""
-    folder = cache.folder() / "tau2-bench"
-    needed = [folder / "data" / "tau2" / "domains" / "telecom" / "tasks_small.json", folder / "pyproject.toml"]
-    if missing := [str(path) for path in needed if not path.is_file()]:
-        pytest.skip(f"not run: there is no {missing[0]}; clone sierra-research/tau2-bench to {folder}")
-    return folder
+def folder_of(checkout: Checkout) -> Path:
+    """Return the checkout in the cache. Skips the test if there is none, because it is not published."""
+    try:
+        return checkout.folder()
+    except NoCheckout as error:
+        pytest.skip(f"not run: {error}")
 
 
 def _command(process: psutil.Process) -> list[str]:

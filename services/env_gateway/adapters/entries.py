@@ -20,6 +20,7 @@ CLASSES: Mapping[str, str] = {
     "textarena": "textarena_game:TextArenaGame",
     "skyrl_gym": "skyrl_gym_task:SkyRlGymTask",
     "tau2": "tau2_task:Tau2Task",
+    "vitabench": "vitabench_task:VitaBenchTask",
 }
 """Kind -> module and class in this folder."""
 PACKAGES: Mapping[str, tuple[str, ...]] = {
@@ -29,6 +30,7 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     "textarena": ("textarena",),
     "skyrl_gym": ("skyrl_gym",),
     "tau2": (f"{FOLDER}.tau2_imports",),
+    "vitabench": (f"{FOLDER}.vitabench_imports",),
 }
 """Kind -> modules that the fork server loads once for all sessions."""
 
@@ -55,7 +57,8 @@ def modules(adapters: Mapping[str, AdapterConfig]) -> tuple[str, ...]:
 
 def variables(adapters: Mapping[str, AdapterConfig]) -> tuple[str, ...]:
     """Return the names of the environment variables with tokens."""
-    return tuple(sorted({config.token_variable for config in adapters.values() if config.token_variable}))
+    named = {(config.token_variable, config.judge_token_variable) for config in adapters.values()}
+    return tuple(sorted({variable for pair in named for variable in pair if variable}))
 
 
 def entries(pool: Pool, adapters: Mapping[str, EnvironmentSpec]) -> dict[str, Entry]:

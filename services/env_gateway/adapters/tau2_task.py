@@ -11,35 +11,41 @@ Only the user ends a dialogue. A session that a limit ends has the reward 0, as 
 
 import importlib
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from palimpsest.common.environments.authoring.row_order import row_of
-from palimpsest.common.environments.authoring.state_hash import hash_of
-from palimpsest.common.environments.port import Message, Opening, Outcome, Reply, Score, Turn
+from palimpsest.common.environments.port import Message, Opening, Score
 from palimpsest.services.env_gateway.adapters import tau2_users
-from palimpsest.services.env_gateway.adapters.adapter import AdapterEnvironment, AdapterUnusable
+from palimpsest.services.env_gateway.adapters.adapter import AdapterUnusable
+from palimpsest.services.env_gateway.adapters.checkout import Project, load
+from palimpsest.services.env_gateway.adapters.dialogue_task import STEPS, DialogueTask
 
-STEPS = 10_000
-"""Limit of the orchestrator, which never applies: the limits of a trajectory do."""
-STOP = "###STOP###"
+PROJECT = Project(
+    name="tau2-bench",
+    repository="sierra-research/tau2-bench",
+    package="tau2",
+    imports="palimpsest.services.env_gateway.adapters.tau2_imports",
+)
 _DOMAINS = {"telecom_small": "telecom", "telecom_full": "telecom"}
 """Task set -> domain, where their names differ."""
 
 
-class Tau2Task(AdapterEnvironment):
+class Tau2Task(DialogueTask):
     """See port.py. `checkout` is the folder, `id` a task set such as `retail`, `split` one of its splits."""
 
     version = "tau2"
 
     def reset(self, seed: int) -> Opening:
         self.needed("checkout", "id", "user")
-        self._load()
+        checkout = Path(self.settings.checkout).resolve()
+        os.environ.setdefault("TAU2_DATA_DIR", str(checkout / "data"))
+        load(PROJECT, self.settings.checkout)
+        self._registry = importlib.import_module("tau2.registry").registry
         tasks = self._tasks()
         self._task = tasks[row_of(seed, len(tasks), 0)]
-        self._count, self._turns = len(tasks), 0
+        self._count = len(tasks)
         self._solo = self.settings.user == "none"
         domain = _DOMAINS.get(self.settings.id, self.settings.id)
         build = importlib.import_module("tau2.runner.build")
@@ -60,53 +66,27 @@ class Tau2Task(AdapterEnvironment):
         if self._solo:
             first.append(Message(role="user", content=tau2_users.START))
         else:
-            self._orchestrator.initialize()
-            self._until_the_agent()
-            if self._orchestrator.done:
-                raise RuntimeError("the user ended the dialogue before its beginning")
-            first += [_spoken(one) for one in self._orchestrator.trajectory if _is_heard(one)]
+            first += self._begin()
         return Opening(tuple(first), tuple(tool.openai_schema for tool in self._agent.tools))
-
-    def step(self, turn: Turn) -> Outcome:
-        calls = [
-            {"id": f"call_{self._turns}_{i}", "name": c.name, "arguments": c.arguments}
-            for i, c in enumerate(turn.calls)
-        ]
-        if turn.attempts and not calls:
-            return Reply(())  # only malformed calls, which the gateway answers
-        self._turns += 1
-        before = len(self._orchestrator.trajectory)
-        # tau2-bench allows either a text or calls in a message; a text beside calls is left out.
-        self._agent.put(text="" if calls else turn.text, calls=calls)
-        if self._solo and not before:
-            self._orchestrator.initialize()
-        self._until_the_agent()
-        if self._orchestrator.done:
-            return self._score()
-        new = [one for one in self._orchestrator.trajectory[before:] if _is_heard(one)]
-        errors = sum(bool(getattr(one, "error", False)) for one in new)
-        return Reply(tuple(_spoken(one) for one in new), errors)
 
     def finalize(self) -> Score:
         reasons = importlib.import_module("tau2.data_model.simulation").TerminationReason
         self._orchestrator.done, self._orchestrator.termination_reason = True, reasons.MAX_STEPS
         return self._score()
 
-    def state_hash(self) -> str:
-        return hash_of(self._task.id, self._turns)
-
     def about(self) -> str:
         return (
             f"{self.settings.id} of tau2-bench ({self.settings.split}, user: {self.settings.user}), {self._count} tasks"
         )
 
-    def _until_the_agent(self) -> None:
-        """Take steps of the orchestrator until the model must speak or the task is over."""
-        while not self._orchestrator.done and not (
-            self._orchestrator.to_role.value == "agent" and self._agent.is_empty
-        ):
-            self._orchestrator.step()
-            self._orchestrator._check_termination()
+    def _put(self, text: str, calls: list[dict[str, Any]]) -> None:
+        super()._put(text, calls)
+        if self._solo and not self._orchestrator.trajectory:
+            self._orchestrator.initialize()  # it takes the model's first message
+
+    def _advance(self) -> None:
+        super()._advance()
+        self._orchestrator._check_termination()
 
     def _score(self) -> Score:
         simulation = importlib.import_module("tau2.data_model.simulation")
@@ -125,31 +105,6 @@ class Tau2Task(AdapterEnvironment):
         )
         self.rewards.append(float(found.reward))
         return self.score()
-
-    def _load(self) -> None:
-        """Import tau2-bench from the checkout. Raises AdapterUnusable."""
-        checkout = Path(self.settings.checkout or "").resolve()
-        if not (checkout / "src" / "tau2" / "registry.py").is_file():
-            raise AdapterUnusable(
-                f"`checkout` {checkout} is no checkout of tau2-bench: it has no src/tau2/registry.py. The package "
-                f"`tau2` of the Python registry is an unrelated one; clone sierra-research/tau2-bench instead"
-            )
-        os.environ.setdefault("TAU2_DATA_DIR", str(checkout / "data"))
-        importlib.import_module("palimpsest.services.env_gateway.adapters.tau2_imports")
-        sys.path.insert(0, str(checkout / "src"))
-        try:
-            importlib.import_module("loguru").logger.disable("tau2")
-            package = importlib.import_module("tau2")
-            if not Path(package.__file__ or "").is_relative_to(checkout):
-                raise AdapterUnusable(
-                    f"the module tau2 comes from {package.__file__}, not from {checkout}: uninstall the package `tau2` "
-                    f"of the Python registry, which is an unrelated one"
-                )
-            self._registry = importlib.import_module("tau2.registry").registry
-        except ModuleNotFoundError as error:
-            raise AdapterUnusable(
-                f"{error}; install the requirements of the checkout where the gateway runs: pip install {checkout}"
-            ) from None
 
     def _tasks(self) -> Any:
         """Return the tasks. Raises AdapterUnusable if there are none, or if they need a judge that is missing."""
@@ -184,14 +139,3 @@ class Tau2Task(AdapterEnvironment):
 def _basis(task: Any) -> list[str]:
     criteria = task.evaluation_criteria
     return [one.value for one in criteria.reward_basis] if criteria is not None else []
-
-
-def _is_heard(message: Any) -> bool:
-    """Whether the model hears this message: not what the user does with tools of its own."""
-    if message.role == "tool":
-        return bool(message.requestor == "assistant")
-    return not message.is_tool_call() and message.role in ("assistant", "user")
-
-
-def _spoken(message: Any) -> Message:
-    return Message(role=message.role, content=message.content or "")

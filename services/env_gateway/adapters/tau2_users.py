@@ -7,13 +7,12 @@ user alone, as many of telecom do, would else pay a model that does nothing.
 """
 
 import importlib
-import os
 import re
 from typing import Any
 
 from palimpsest.common.config.env_gateway import AdapterConfig
-from palimpsest.services.env_gateway.adapters.adapter import AdapterUnusable
-from palimpsest.services.env_gateway.adapters.limited_endpoint import EndpointLimits, LimitedEndpoint
+from palimpsest.services.env_gateway.adapters.dialogue_task import QueuedAgent
+from palimpsest.services.env_gateway.adapters.model_endpoints import user_endpoint
 
 STOP = "###STOP###"
 START = "Solve the ticket with your tools. Call `done` at the end."
@@ -33,44 +32,32 @@ def queued_agent(environment: Any, task: Any, *, solo: bool) -> Any:
     else:
         official = base.LLMAgent(tools=tools, domain_policy=environment.get_policy(), llm="none")
 
-    class GymAgent(base.LLMAgent):  # type: ignore[misc, name-defined]
+    class GymAgent(QueuedAgent, base.LLMAgent):  # type: ignore[misc, name-defined]
         """The name is that of the one agent besides its own which tau2-bench permits in solo mode."""
 
         def __init__(self) -> None:
             super().__init__(tools=official.tools, domain_policy=official.domain_policy, llm="none")
-            self._next: Any = None
 
         system_prompt = official.system_prompt
 
-        @property
-        def is_empty(self) -> bool:
-            return self._next is None
-
         def put(self, *, text: str, calls: list[dict[str, Any]]) -> None:
+            """Set the next message. tau2-bench allows either a text or calls; a text beside calls is left out."""
             if solo and any(call["name"] == "done" for call in calls):
                 text, calls = STOP, []
             made = [messages.ToolCall(**call, requestor="assistant") for call in calls] or None
-            self._next = messages.AssistantMessage(role="assistant", content=text or None, tool_calls=made)
-
-        def generate_next_message(self, message: Any, state: Any) -> Any:
-            message, self._next = self._next, None
-            return message, state
-
-        def get_init_state(self, message_history: Any = None) -> Any:
-            return {}
+            said = None if calls else text or None
+            self.next_message = messages.AssistantMessage(role="assistant", content=said, tool_calls=made)
 
         @classmethod
         def is_stop(cls, message: Any) -> bool:
             """The model ends a task only in solo mode: in a dialogue the user does."""
             return solo and message.content is not None and STOP in message.content
 
-        def set_seed(self, seed: int) -> None: ...
-
     return GymAgent()
 
 
 def make(settings: AdapterConfig, environment: Any, task: Any) -> Any:
-    """Return the user that the settings name. Raises AdapterUnusable."""
+    """Return the user that the settings name. Raises AdapterUnusable if they lack a key."""
     module = importlib.import_module("tau2.user.user_simulator")
     if settings.user == "none":
         return module.DummyUser()
@@ -129,16 +116,7 @@ def _scripted(module: Any, task: Any, tools: Any) -> Any:
 
 def _simulated(module: Any, settings: AdapterConfig, task: Any, tools: Any) -> Any:
     """Return tau2-bench's own simulator on an endpoint with limits. The same model judges assertions."""
-    if not settings.url or not settings.user_model:
-        raise AdapterUnusable('user = "model" needs the keys `url` and `user_model`')
-    token = os.environ.get(settings.token_variable, "") if settings.token_variable else ""
-    limits = EndpointLimits(
-        requests=settings.user_calls,
-        tokens=settings.user_tokens,
-        seconds=settings.user_session_s,
-        request_s=settings.user_limit_s,
-    )
-    endpoint = LimitedEndpoint(settings.url, token, limits)
+    endpoint = user_endpoint(settings)
     answers = importlib.import_module("litellm").ModelResponse
 
     def completion(**arguments: Any) -> Any:

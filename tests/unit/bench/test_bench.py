@@ -281,3 +281,9 @@ def test_versions_as_deltas(gradients: str) -> None:
             stall
         )
     assert 0 < case["changed_share"] < 1
+
+
+def test_the_gateway_measures_an_adapter_over_its_direct_call() -> None:
+    figures = measured("gateway", "--adapters=mcp", "--steps=36")
+    assert figures["steps"] == 36
+    assert figures["mcp"].keys() == {"through_ms_p50", "direct_ms_p50", "over_direct_ms_p50"}
