@@ -45,8 +45,8 @@ def queued_agent(environment: Any, task: Any, *, solo: bool) -> Any:
             if solo and any(call["name"] == "done" for call in calls):
                 text, calls = STOP, []
             made = [messages.ToolCall(**call, requestor="assistant") for call in calls] or None
-            said = None if calls else text or None
-            self.next_message = messages.AssistantMessage(role="assistant", content=said, tool_calls=made)
+            content = None if calls else text or None
+            self.next_message = messages.AssistantMessage(role="assistant", content=content, tool_calls=made)
 
         @classmethod
         def is_stop(cls, message: Any) -> bool:

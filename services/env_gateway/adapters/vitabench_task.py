@@ -76,7 +76,7 @@ class VitaBenchTask(DialogueTask):
 
     @classmethod
     def probe(cls, settings: str) -> str:
-        """See AdapterEnvironment. The user answers in `reset`; the judge is asked here, because it is needed last."""
+        """See AdapterEnvironment. The user answers in `reset`; the judge is checked here: a session needs it last."""
         line = super().probe(settings)
         environment = cls(settings)
         try:
