@@ -187,6 +187,11 @@ class LearnerConfig(Service):
                 f'proximal.kind = "{self.proximal.kind}" was not tried with context_parallel = '
                 f"{self.context_parallel}: set context_parallel = 1, or another kind"
             )
+        if self.context_parallel > 1 and self.advantages.kind == "gae":
+            raise ValueError(
+                f'advantages.kind = "gae" has a critic, whose passes need whole rows, but with context_parallel = '
+                f"{self.context_parallel} each rank has a part of a row: set context_parallel = 1, or another kind"
+            )
         if self.routing_replay == "learner" and not (
             isinstance(self.proximal, SnapshotProximal) and not self.proximal.prefetch
         ):
@@ -215,7 +220,6 @@ class LearnerConfig(Service):
     def _refuse_with_sharding(self) -> None:
         """Raise ValueError for what needs a whole model on each rank."""
         unsupported = (
-            (self.advantages.kind == "gae", 'advantages.kind = "gae" trains a whole critic'),
             (self.vcpo.baseline, "vcpo.baseline takes the gradient of each trajectory"),
             (self.publishing != "inline", f'publishing = "{self.publishing}" copies a whole model in one process'),
             (self.lora.rank > 0, f"lora.rank = {self.lora.rank} needs the whole base model on each rank"),

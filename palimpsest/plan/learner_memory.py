@@ -75,8 +75,10 @@ def _held(config: LearnerConfig, rehearsed: Rehearsed, shares: int) -> list[Caus
     if config.loss.kl.weight:
         causes.append(Cause("weights of version 0", -(-model.copied // shares), ("learner.loss.kl.weight",)))
     if config.advantages.kind == "gae":
-        size = model.decoder_weights + 4 * FLOAT32 * model.decoder_parameters
-        causes.append(Cause("critic with its optimizer", size, ("learner.advantages.kind",)))
+        size = -(-4 * FLOAT32 * model.decoder_parameters // shares)
+        if config.sharding == "none":
+            size += model.decoder_weights
+        causes.append(Cause("critic with its optimizer", size, ("learner.advantages.kind", *split)))
     if config.vcpo.baseline:
         causes.append(Cause(BASELINE, 2 * each, ("learner.vcpo.baseline",)))
     return causes

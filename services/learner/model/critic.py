@@ -15,6 +15,7 @@ from palimpsest.common.config.learner import LearnerConfig, OptimizerConfig
 from palimpsest.services.learner.model.lora import copy_trained
 from palimpsest.services.learner.model.packing import PackedRows, packs_rows
 from palimpsest.services.learner.model.trainable import TrainablePolicy
+from palimpsest.services.learner.sharding.pass_errors import completing
 
 STEPS = "steps"
 
@@ -29,9 +30,26 @@ class Critic:
 
     def __init__(self, model: torch.nn.Module, config: OptimizerConfig) -> None:
         """model: the causal LM at version 0; it is copied. config: learner.optimizer with the critic's lr."""
-        self._valued = _Valued(model)
-        self.trainable = TrainablePolicy(self._valued, config)
+        causal: Any = model
+        # Copy only the decoder: the critic does not use the vocabulary head or its logits.
+        valued = Valued(copy_trained(model, causal.base_model), packs=packs_rows(model))
+        valued.add_head(causal.config.get_text_config().hidden_size, next(model.parameters()).device)
+        self._use(valued, TrainablePolicy(valued, config))
+
+    def _use(self, valued: torch.nn.Module, trainable: TrainablePolicy) -> None:
+        self._valued = valued
+        self.trainable = trainable
         """Masters and optimizer. `broadcast_state` and checkpoints handle them like the policy's."""
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model that computes the values."""
+        return self._valued
+
+    def forward(self, tokens: Tensor, rows: PackedRows | None) -> Tensor:
+        """Return the values, with gradient if the caller's mode records it; see `values`."""
+        values: Tensor = self._valued(tokens, rows)
+        return values
 
     @torch.no_grad()
     def values(self, tokens: Tensor, rows: PackedRows | None = None) -> Tensor:
@@ -39,8 +57,7 @@ class Critic:
 
         tokens: [rows, length] int64, padded on the right. rows: needed if the passes of the policy are packed.
         """
-        values: Tensor = self._valued(tokens, rows)
-        return values
+        return self.forward(tokens, rows)
 
     @torch.no_grad()
     def final_values(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -50,8 +67,7 @@ class Critic:
         """
         longer = torch.nn.functional.pad(tokens, (0, 1))  # the state after the last token needs one more position
         rows = PackedRows.of(lengths.tolist(), longer.shape[1], tokens.device)
-        values: Tensor = self._valued(longer, rows).gather(1, lengths[:, None])[:, 0]
-        return values
+        return self.forward(longer, rows).gather(1, lengths[:, None])[:, 0]
 
     def loss(
         self,
@@ -68,7 +84,9 @@ class Critic:
 
         Shapes: see `value_loss`; rows: see `values`.
         """
-        return value_loss(self._valued(tokens, rows), returns, old_values, mask, clip=clip, denominator=denominator)
+        values = self.forward(tokens, rows)
+        with completing(self._valued):
+            return value_loss(values, returns, old_values, mask, clip=clip, denominator=denominator)
 
     def gradients(self) -> list[Tensor]:
         """Accumulated float32 gradients, to be summed over ranks."""
@@ -87,10 +105,13 @@ class Critic:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Restore a checkpoint. Raises ValueError if it belongs to another model."""
-        if STEPS not in tensors:
-            raise ValueError(f"checkpoint has no {STEPS!r} tensor: it is not a critic's state")
+        self._refuse_other(tensors)
         own = {name: tensor for name, tensor in tensors.items() if name != STEPS}
         self.trainable.restore(own, int(tensors[STEPS][0]))
+
+    def _refuse_other(self, tensors: dict[str, Tensor]) -> None:
+        if STEPS not in tensors:
+            raise ValueError(f"checkpoint has no {STEPS!r} tensor: it is not a critic's state")
 
 
 def value_loss(
@@ -112,20 +133,27 @@ def value_loss(
     return 0.5 * squares.sum() / denominator
 
 
-class _Valued(torch.nn.Module):
+class Valued(torch.nn.Module):
     """A decoder with a scalar head."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    head: torch.nn.Linear
+
+    def __init__(self, decoder: torch.nn.Module, *, packs: bool) -> None:
+        """decoder: of a causal LM, for the critic alone. packs: whether its passes are packed. Call `add_head` next."""
         super().__init__()
-        causal: Any = model
-        # Copy only the decoder: the critic does not use the vocabulary head or its logits.
-        self.decoder = copy_trained(model, causal.base_model)
-        self.head = torch.nn.Linear(causal.config.get_text_config().hidden_size, 1, dtype=torch.float32)
-        # A zero head adds no noise to the first advantages and is equal on all ranks.
+        self.decoder, self._packs = decoder, packs
+
+    def add_head(self, hidden_size: int, device: torch.device) -> None:
+        """Add a head in float32. It is zero: it adds no noise to the first advantages and is equal on all ranks."""
+        self.head = torch.nn.Linear(hidden_size, 1, dtype=torch.float32)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
-        self.head.to(next(model.parameters()).device)
-        self._packs = packs_rows(model)
+        self.head.to(device)
+
+    @property
+    def base_model(self) -> torch.nn.Module:
+        """The decoder, under the name that causal LMs give theirs."""
+        return self.decoder
 
     def forward(self, tokens: Tensor, rows: PackedRows | None) -> Tensor:
         """Return values [rows, length]. Index t depends on the tokens before t. The shift happens only here."""

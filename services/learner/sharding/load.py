@@ -23,11 +23,12 @@ from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.distributed import Context
 from palimpsest.services.learner.model.checkpoint_names import PartNames, part_names
 from palimpsest.services.learner.model.context import CONTEXT_ATTRIBUTE
-from palimpsest.services.learner.model.output_head import CHUNK_ATTRIBUTE, find_head
+from palimpsest.services.learner.model.critic import Valued
+from palimpsest.services.learner.model.output_head import CHUNK_ATTRIBUTE, decoder_of, find_head
 from palimpsest.services.learner.model.packing import PACKED, packed_attention, use_packing
 from palimpsest.services.learner.sharding.local_shards import local_parts
 from palimpsest.services.learner.sharding.pass_errors import PassErrors
-from palimpsest.services.learner.sharding.sharded_model import ShardedModel, shard
+from palimpsest.services.learner.sharding.sharded_model import ShardedModel, blocks_of, shard
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 COMPUTES = torch.bfloat16
@@ -66,6 +67,29 @@ class ModelFiles:
 
         All ranks must call it. Raises UserError.
         """
+        causal = self._causal()
+        model = self._split(causal, causal, holds=holds, trains=trains, offload=offload)
+        setattr(causal, CHUNK_ATTRIBUTE, self._chunk)
+        model(find_head)  # recognized in the model's own precision
+        if self._layout == PACKED:
+            model(use_packing)
+        if self._context is not None:
+            setattr(causal, CONTEXT_ATTRIBUTE, self._context)
+        return model
+
+    def build_valued(self) -> ShardedModel:
+        """Return the starting model's decoder with a scalar head (model/critic.py), in float32 and with gradients.
+
+        The head is whole on every rank. All ranks must call it. Raises UserError.
+        """
+        causal: Any = self._causal()
+        valued = Valued(decoder_of(causal), packs=self._layout == PACKED)
+        model = self._split(causal, valued, holds=torch.float32, trains=True)
+        valued.add_head(causal.config.get_text_config().hidden_size, self._device)
+        return model
+
+    def _causal(self) -> nn.Module:
+        """The model without memory for its parameters."""
         with _parameters_on_meta():
             causal = self._empty()
         parameters = dict(causal.named_parameters())
@@ -75,19 +99,21 @@ class ModelFiles:
                 f'one type; set learner.sharding = "none"'
             )
         self.names = part_names(causal, {name: parameter.detach() for name, parameter in parameters.items()})
-        for parameter in parameters.values():
+        return causal
+
+    def _split(
+        self, causal: nn.Module, top: nn.Module, *, holds: torch.dtype, trains: bool, offload: bool = False
+    ) -> ShardedModel:
+        """Split a model with all or some of the parameters of `causal`, and read the shards."""
+        stored = {id(parameter): self.names[name] for name, parameter in causal.named_parameters()}
+        names = {name: stored[id(parameter)] for name, parameter in top.named_parameters()}
+        for parameter in top.parameters():
             parameter.data = parameter.data.to(holds)
             parameter.requires_grad_(trains)
-        model = shard(causal.eval(), self._mesh, computes=COMPUTES, offload=offload)
+        model = shard(top.eval(), blocks_of(causal), self._mesh, computes=COMPUTES, offload=offload)
         model.computes_on, model.errors = self._device, self.errors
         _give_memory(model, self._device, torch.device("cpu") if offload else self._device)
-        self._read(model)
-        setattr(causal, CHUNK_ATTRIBUTE, self._chunk)
-        model(find_head)  # recognized in the model's own precision
-        if self._layout == PACKED:
-            model(use_packing)
-        if self._context is not None:
-            setattr(causal, CONTEXT_ATTRIBUTE, self._context)
+        self._read(model, names)
         return model
 
     def _empty(self) -> nn.Module:
@@ -107,11 +133,11 @@ class ModelFiles:
         return causal
 
     @torch.no_grad()
-    def _read(self, model: ShardedModel) -> None:
+    def _read(self, model: ShardedModel, names: dict[str, PartNames]) -> None:
         with ExitStack() as stack:
             opened: dict[Path, Any] = {}
             for own, parameter in model.shards():
-                for part in local_parts(self.names[own], parameter):
+                for part in local_parts(names[own], parameter):
                     file = self._files.get(part.name)
                     if file is None:
                         raise UserError(f"model.path: {self._path} has no tensor {part.name}: {WHOLE}")

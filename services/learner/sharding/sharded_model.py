@@ -5,9 +5,11 @@ and frees them after it. Weights outside the blocks (embedding, last norm, outpu
 So each pass needs all ranks, and all ranks must make equally many passes in the same order.
 
 The weights that compute are the shards cast to `computes`: bf16 for float32 masters. These bytes are published.
+
+Parameters that are added after the split are whole on every rank, and FSDP2 does not know them: the critic's head.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -93,10 +95,11 @@ class ShardedModel(torch.nn.Module):
         return self
 
     def shards(self) -> Iterator[tuple[str, DTensor]]:
-        """Yield the causal model's own name and the parameter of each weight. A tied weight comes once."""
+        """Yield the causal model's own name and the parameter of each weight that is split. A tied weight comes
+        once."""
         for name, parameter in self.causal.named_parameters():
-            assert isinstance(parameter, DTensor)
-            yield name, parameter
+            if isinstance(parameter, DTensor):
+                yield name, parameter
 
 
 def blocks_of(causal: torch.nn.Module) -> list[torch.nn.Module]:
@@ -118,19 +121,27 @@ def device_of(model: torch.nn.Module) -> torch.device:
     return model.computes_on if isinstance(model, ShardedModel) else next(model.parameters()).device
 
 
-def shard(causal: torch.nn.Module, mesh: DeviceMesh, *, computes: torch.dtype, offload: bool = False) -> ShardedModel:
+def shard(
+    causal: torch.nn.Module,
+    blocks: Sequence[torch.nn.Module],
+    mesh: DeviceMesh,
+    *,
+    computes: torch.dtype,
+    offload: bool = False,
+) -> ShardedModel:
     """Split the model over the mesh: over its only dimension, or over the second of (replicas, shards).
 
-    computes: type of the weights in a pass. Gradients are summed over the ranks in float32, not averaged. Other tensors
-    keep their types. offload: the shards, their gradients and moments stay in the host's memory.
+    causal: a causal model, or its decoder with another head. blocks: of it, see `blocks_of`. computes: type of the
+    weights in a pass. Gradients are summed over the ranks in float32, not averaged. Other tensors keep their types.
+    offload: the shards, their gradients and moments stay in the host's memory.
     """
     policy = MixedPrecisionPolicy(param_dtype=computes, reduce_dtype=torch.float32, cast_forward_inputs=False)
     place = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
     sharded = ShardedModel(causal)
-    for block in blocks_of(causal):
+    for block in blocks:
         sharded.guard.wrap(block)
     # The root frees its weights after a pass without gradient, too: they would survive an optimizer step after it.
-    for module in (*blocks_of(causal), sharded):
+    for module in (*blocks, sharded):
         whole: Any = fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True, offload_policy=place)
         whole.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
         whole.set_gradient_divide_factor(1.0)

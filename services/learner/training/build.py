@@ -26,6 +26,7 @@ from palimpsest.services.learner.proximal.surrogates.forward_pass import SplitPo
 from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
 from palimpsest.services.learner.proximal.types import Source
 from palimpsest.services.learner.sharding.load import COMPUTES
+from palimpsest.services.learner.sharding.sharded_critic import build_critic
 from palimpsest.services.learner.sharding.sharded_model import local_values
 from palimpsest.services.learner.sharding.shared_work import Shards
 from palimpsest.services.learner.sharding.versioned_shards import VersionedShards
@@ -66,7 +67,6 @@ def build_training_state(
     """
     parts = _Parts(policy, store, device, on_load, config.micro_batch_tokens, ranks, shards, adapter)
     missed = MissingCounter()
-    gae = config.advantages.kind == "gae"
     source = _build_source(config, parts, missed)
     if shards is not None and isinstance(source, EwmaProx | PpoEwmaAsync):
         shards.policy.companions["average"] = source.average.means
@@ -74,7 +74,7 @@ def build_training_state(
         source=source,
         misses=missed,
         auditor=_snapshot_source(parts) if config.audit.fraction else None,
-        critic=Critic(policy.model, critic_optimizer(config)) if gae else None,
+        critic=_build_critic(config, parts) if config.advantages.kind == "gae" else None,
         start=_starting_model(parts) if config.loss.kl.weight else None,
         multiplier=config.loss.r2vpo.multiplier,
     )
@@ -114,6 +114,12 @@ def _build_source(config: LearnerConfig, parts: _Parts, missed: MissingCounter) 
         misses=missed,
         ranks=parts.ranks,
     )
+
+
+def _build_critic(config: LearnerConfig, parts: _Parts) -> Critic:
+    if parts.shards is not None:
+        return build_critic(parts.shards, config)
+    return Critic(parts.policy.model, critic_optimizer(config))
 
 
 def _starting_model(parts: _Parts) -> torch.nn.Module:

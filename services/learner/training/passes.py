@@ -18,7 +18,7 @@ from palimpsest.services.learner.corrections import Correction, Limits, correct,
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.losses.aggregate import Denominators
 from palimpsest.services.learner.losses.m2po import harmful_squares, m2po_tau
-from palimpsest.services.learner.losses.objective import Objective, Terms, switch
+from palimpsest.services.learner.losses.objective import Objective, Terms
 from palimpsest.services.learner.losses.r2vpo import squared_deviation
 from palimpsest.services.learner.losses.types import Inputs
 from palimpsest.services.learner.model.device_batch import on_device, packed_rows
@@ -31,6 +31,7 @@ from palimpsest.services.learner.sharding.pass_errors import completing
 from palimpsest.services.learner.sharding.sharded_model import device_of
 from palimpsest.services.learner.sharding.turns import NotFinite, Turns
 from palimpsest.services.learner.training.accumulators import MicroBatchPass, StepAccumulator
+from palimpsest.services.learner.training.critic_passes import CriticPasses
 from palimpsest.services.learner.training.min_variance_baseline import MinimumVarianceBaseline
 from palimpsest.services.learner.training.preparation import VersionInputs
 from palimpsest.services.learner.training.row_guard import RowGuard
@@ -62,6 +63,7 @@ class Passes:
         self._policy, self._state, self._ranks = policy, state, ranks
         self._config, self._objective, self._guard = config, objective, guard
         self._device = device_of(policy.model)
+        self._critic = CriticPasses(state.critic, config, self._device)
 
     def run(self, version: VersionInputs, places: range, minibatch: Sequence[Row], sums: StepAccumulator) -> Passed:
         """Pass this rank's micro-batches of a minibatch. All ranks must call it.
@@ -119,8 +121,7 @@ class Passes:
         failed: Exception | None = None
         for place in places:
             try:
-                passes.append(self._pass(version, place, denominators, bounds, sums))
-                self._train_critic(version, place, denominators)
+                passes.append(self._both(version, place, denominators, bounds, sums))
             except Exception as error:
                 if not self._ranks.completes_passes or not may_be_of_row(error):
                     raise
@@ -202,10 +203,25 @@ class Passes:
         self.discard()
         version.batches[place] = neutral(batch, [row for row in range(len(batch.rows)) if row not in kept])
         try:
-            self._pass(version, place, denominators, bounds, deepcopy(sums))
-            self._train_critic(version, place, denominators)
+            self._both(version, place, denominators, bounds, deepcopy(sums))
         finally:
             version.batches[place] = batch
+
+    def _both(
+        self, version: VersionInputs, place: int, denominators: Denominators, bounds: Limits, sums: StepAccumulator
+    ) -> MicroBatchPass:
+        """Passes of the policy and of the critic over one micro-batch.
+
+        If passes need all ranks, the critic's is made although the policy's has failed: the other ranks are in it.
+        """
+        try:
+            passed = self._pass(version, place, denominators, bounds, sums)
+        except Exception as error:
+            if self._ranks.equal_passes and self._ranks.completes_passes and may_be_of_row(error):
+                self._critic.complete(version, place, denominators)
+            raise
+        self._critic.train(version, place, denominators)
+        return passed
 
     def _is_finite(self) -> bool:
         """Whether this rank's gradients are finite."""
@@ -327,22 +343,6 @@ class Passes:
             batch, anchor, inputs, entropy.detach(), correction, outcome.clipped, old, inputs.advantages, usable,
             layout(version.proximal, place),
         )  # fmt: skip
-
-    def _train_critic(self, version: VersionInputs, place: int, denominators: Denominators) -> None:
-        """Backward pass of the critic on one micro-batch, if there is a critic."""
-        if self._state.critic is None:
-            return
-        own = on_device(version.batches[place], self._device)
-        loss = self._state.critic.loss(
-            own.tokens,
-            own.mask,
-            version.prepared.returns[place],
-            version.prepared.values[place],
-            clip=switch(self._config.advantages.critic.clip),
-            denominator=float(max(1, denominators.tokens)),
-            rows=own.rows,
-        )
-        loss.backward()  # type: ignore[no-untyped-call]
 
 
 def _kind(error: Exception | None) -> int:

@@ -66,13 +66,14 @@ def prepare_batch(
     kind = config.advantages.kind
     if kind not in TOKEN_KINDS:
         return Prepared([torch.from_numpy(batch.advantages).to(device) for batch in batches], reference, values, [])
+    finals = _final_values(state.critic, batches, ranks, device) if state.critic is not None else None
     parts = [
         MicroBatchRewards(
             mask=batch.mask,
             rewards=np.array([row.advantage for row in batch.rows], dtype=np.float32),
             token_rewards=_kl_rewards(reference[i], batch, config) if config.loss.kl.place == "reward" else None,
             values=values[i].cpu().numpy() if values else None,
-            final_values=_final_values(state.critic, batch, device) if state.critic is not None else None,
+            final_values=None if finals is None else finals[i],
         )
         for i, batch in enumerate(batches)
     ]
@@ -87,14 +88,25 @@ def prepare_batch(
     )
 
 
-def _final_values(critic: Critic, batch: PaddedBatch, device: torch.device) -> np.ndarray:
-    """Value of the state after the last token of each truncated trajectory, 0 for the others. [rows] float32"""
-    values = np.zeros(len(batch.rows), dtype=np.float32)
-    truncated = [i for i, row in enumerate(batch.rows) if row.truncated]
-    if truncated:
-        lengths = torch.tensor([len(batch.rows[i].tokens) for i in truncated], device=device)
-        values[truncated] = critic.final_values(torch.from_numpy(batch.tokens[truncated]).to(device), lengths).cpu()
-    return values
+def _final_values(
+    critic: Critic, batches: Sequence[PaddedBatch], ranks: ProcessGroup, device: torch.device
+) -> list[np.ndarray]:
+    """Value of the state after the last token of each truncated trajectory, 0 for the others. [rows] float32 each.
+
+    If a pass needs all ranks, they all pass a micro-batch for which one of them has such a trajectory.
+    """
+    truncated = [[i for i, row in enumerate(batch.rows) if row.truncated] for batch in batches]
+    passes = [bool(own) for own in truncated]
+    if ranks.equal_passes:
+        passes = [any(of_ranks) for of_ranks in zip(*ranks.all_gather_object(passes), strict=True)]
+    found = [np.zeros(len(batch.rows), dtype=np.float32) for batch in batches]
+    for batch, own, values, needed in zip(batches, truncated, found, passes, strict=True):
+        if needed:
+            rows = own or [0]
+            lengths = torch.tensor([len(batch.rows[i].tokens) for i in rows], device=device)
+            scored = critic.final_values(torch.from_numpy(batch.tokens[rows]).to(device), lengths).cpu()
+            values[own] = scored[: len(own)]
+    return found
 
 
 def _kl_rewards(reference: Tensor, batch: PaddedBatch, config: LearnerConfig) -> np.ndarray:

@@ -201,7 +201,7 @@ class Trainer:
             self._policy.sum_gradients(self._ranks)
         sums.norms.append(self._policy.step(lr_factor=factor))
         if self._state.critic is not None:
-            self._ranks.all_reduce_sum(self._state.critic.gradients())
+            self._state.critic.trainable.sum_gradients(self._ranks)
             self._state.critic.step()
 
     def _divergence(self, totals: TokenTotals) -> dict[str, float]:

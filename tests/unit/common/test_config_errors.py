@@ -326,7 +326,6 @@ def test_a_starting_adapter_needs_a_rank(run: Path) -> None:
 @pytest.mark.parametrize(
     ("flag", "reason"),
     [
-        ("advantages.kind=gae", 'advantages.kind = "gae" trains a whole critic'),
         ("vcpo.baseline=true", "vcpo.baseline takes the gradient of each trajectory"),
         ("publishing=background", 'publishing = "background" copies a whole model in one process'),
         ("lora.rank=8", "lora.rank = 8 needs the whole base model on each rank"),
@@ -346,5 +345,6 @@ def test_ranks_share_rows_only_where_they_compute_what_one_rank_would(run: Path)
         assert 'context_parallel = 2 needs sharding = "full" and layout = "packed"' in refused(run, *shared, other)
     message = refused(run, *shared, "--learner.proximal.kind=ewma_prox")
     assert 'proximal.kind = "ewma_prox" was not tried with context_parallel = 2' in message
+    assert 'advantages.kind = "gae" has a critic' in refused(run, *shared, "--learner.advantages.kind=gae")
     message = refused(run, *shared, "--model.attention=flash_attention_2")
     assert 'learner.context_parallel = 2 needs model.attention = "sdpa"' in message

@@ -259,6 +259,16 @@ def test_a_sharded_rank_holds_its_share_and_gathers_blocks(run_file: Path) -> No
     assert set(learner["moments"]["optimizer step"]) == {"denominators of AdamW, float32"}
 
 
+def test_a_sharded_rank_holds_its_share_of_the_critic(run_file: Path) -> None:
+    words = [str(run_file), "--gpus=8x80", "--json", "--learner.advantages.kind=gae", "--local.learner_ranks=4"]
+    alone, split = (
+        json.loads(run_command([*words, f"--learner.sharding={value}"])[0])["learner"]["held"]
+        for value in ("none", "full")
+    )
+    assert alone["critic with its optimizer"] == 18 * PARAMETERS
+    assert split["critic with its optimizer"] == 4 * PARAMETERS  # 16 bytes of a fourth, and no copy in bf16
+
+
 def test_a_learner_that_does_not_fit_names_the_keys_and_what_they_bring(run_file: Path) -> None:
     text, code = run_command([str(run_file), "--gpus=2x1.001", "--model.attention=eager"])
     assert code == 1
@@ -273,7 +283,7 @@ def test_shards_are_a_remedy_for_several_ranks_unless_the_run_needs_whole_models
     words = [str(run_file), "--gpus=8x1.001", "--local.learner_ranks=2"]
     text, _ = run_command(words)
     assert 'micro_batch_tokens = 64 and learner.sharding = "full": peak' in text
-    text, _ = run_command([*words, "--learner.advantages.kind=gae"])
+    text, _ = run_command([*words, "--learner.vcpo.baseline=true", "--learner.loss.objective=policy_gradient"])
     assert "learner.sharding" not in text
 
 
