@@ -1,7 +1,7 @@
 """bench/peers: what the observer computes from the steps of a side, and both sides once."""
 
 import sys
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 import pytest
 
@@ -32,17 +32,27 @@ def test_success_is_reached_when_the_newest_trajectories_have_it() -> None:
     assert SIDE.success(newest=8) == 0.875
 
 
+class ReadLines(PosixPath):
+    """A file that has a neighbor `NAME.N` once its N lines have been read."""
+
+    def read_bytes(self) -> bytes:
+        body = super().read_bytes()
+        Path(f"{self}.{body.count(10)}").touch()
+        return body
+
+
 def test_the_processor_time_of_descendants_counts(tmp_path: Path) -> None:
-    # The child's child computes for 0.4 s of processor time, then writes two lines; the program waits before it ends.
+    # The child's child computes for 0.4 s of processor time, then writes two lines, and waits until each has been read.
     worker = (
-        "import sys, time\n"
+        "import os, sys, time\n"
         "while time.process_time() < 0.4: pass\n"
-        'line = \'{"seconds": 0.1, "tokens": 5, "successes": "1"}\\n\'\n'
-        "open(sys.argv[1], 'w').write(line * 2)\n"
-        "time.sleep(1)\n"
+        "for number in (1, 2):\n"
+        "    with open(sys.argv[1], 'a') as lines:\n"
+        '        lines.write(\'{"seconds": 0.1, "tokens": 5, "successes": "1"}\\n\')\n'
+        "    while not os.path.exists(f'{sys.argv[1]}.{number}'): time.sleep(0.01)\n"
     )
     program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}, sys.argv[1]], check=True)"
-    lines = tmp_path / "steps.jsonl"
+    lines = ReadLines(tmp_path / "steps.jsonl")
     side = observe([sys.executable, "-c", program, str(lines)], lines)
     assert [step.tokens for step in side.steps] == [5, 5]
     assert side.steps[-1].cpu_s >= 0.4

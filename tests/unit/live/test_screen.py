@@ -15,7 +15,7 @@ from palimpsest.services.live.screen import Screen
 from palimpsest.services.live.state import Plan, State, state
 from tests.records.history_lines import a_line, learner, servers, worker
 
-WITHIN_S = 10.0
+WITHIN_S = 60.0
 
 
 def a_state() -> State:
