@@ -13,6 +13,7 @@ from palimpsest.services.env_gateway import plugins
 from palimpsest.services.env_gateway.adapters import entries as adapter_entries
 from palimpsest.services.env_gateway.child_limits import child_limits, log_limits
 from palimpsest.services.env_gateway.code_tools import code_tools
+from palimpsest.services.env_gateway.host_lists import permissions
 from palimpsest.services.env_gateway.isolated import reasoning_gym
 from palimpsest.services.env_gateway.processes.pool import Pool
 
@@ -32,10 +33,9 @@ def offered(config: RunConfig | None, *, serving: bool = False) -> Iterator[tupl
     if limits is not None and (gateway.plugins or gateway.adapters):
         log_limits(limits, problem)
     families = built_in()
-    blueprints = plugins.blueprints(gateway.plugins, taken=families, network=gateway.child_network)
-    adapters = adapter_entries.specs(
-        gateway.adapters, taken={*families, *gateway.plugins}, network=gateway.child_network
-    )
+    permitted = permissions(gateway)
+    blueprints = plugins.blueprints(gateway.plugins, taken=families, permissions=permitted)
+    adapters = adapter_entries.specs(gateway.adapters, taken={*families, *gateway.plugins}, permissions=permitted)
     own = sorted({blueprint.module for blueprint in blueprints.values()})
     modules = (*own, *adapter_entries.modules(gateway.adapters))
     pool = Pool(

@@ -31,7 +31,7 @@ CHART = "deploy/helm/palimpsest"
 VALUES = ROOT / CHART / "values.yaml"
 HEAD = ("| key | values | default | what it does |", "|---|---|---|---|")
 TYPES = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`", Path: "path"}
-SERVICES = ("learner", "learner.evaluation", "learner.replica", "rollout", "snapshot_store")
+SERVICES = ("learner", "learner.evaluation", "learner.replica", "rollout", "snapshot_store", "env_gateway")
 
 
 def main() -> int:

@@ -132,6 +132,9 @@ class EnvGatewayConfig(Service):
     child_network: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Names of plugins and adapters whose processes may use the network. Adapters with a `url` always may. The others
     have none where the machine can take it from them."""
+    child_hosts: dict[str, Annotated[tuple[str, ...], Field(strict=False)]] = {}
+    """What plugins and adapters reach without a network: name -> `["host:port", ...]`. Their processes reach these
+    addresses through a proxy of the gateway and nothing else (docs/environment-limits.md)."""
     code_tools: Literal["off", "bubblewrap"] = "off"
     """Whether environments may run programs that the model wrote. `bubblewrap`: in a sandbox of bubblewrap, without
     a network and without the machine's files; the gateway refuses to start if it cannot make one. Needs `child_user` as

@@ -20,6 +20,7 @@ from palimpsest.services.env_gateway.adapters import entries as adapter_entries
 from palimpsest.services.env_gateway.app import create_app
 from palimpsest.services.env_gateway.child_limits import child_limits, log_limits
 from palimpsest.services.env_gateway.code_tools import code_tools
+from palimpsest.services.env_gateway.host_lists import permissions
 from palimpsest.services.env_gateway.isolated import REASONING_GYM, reasoning_gym
 from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
@@ -38,10 +39,9 @@ def body(invocation: Invocation, stop: Stop) -> None:
     limits, problem = child_limits(config)
     sandbox = code_tools(config, limits)
     adopt_orphans()
-    adapters = adapter_entries.specs(
-        config.adapters, taken={*built_in(), *config.plugins}, network=config.child_network
-    )
-    plugged_in = plugins.blueprints(config.plugins, taken=built_in(), network=config.child_network)
+    permitted = permissions(config)
+    adapters = adapter_entries.specs(config.adapters, taken={*built_in(), *config.plugins}, permissions=permitted)
+    plugged_in = plugins.blueprints(config.plugins, taken=built_in(), permissions=permitted)
     pool = Pool(
         limit=config.max_processes,
         wait_s=WAIT_FOR_PROCESS_S,

@@ -13,12 +13,6 @@ def child_limits(config: EnvGatewayConfig) -> tuple[ChildLimits, str]:
 
     Raises UserError if the configuration demands more than the machine permits.
     """
-    unknown = sorted(set(config.child_network) - set(config.plugins) - set(config.adapters))
-    if unknown:
-        raise UserError(
-            f"env_gateway.child_network: there is no plugin or adapter {unknown[0]!r}; name those of "
-            f"env_gateway.plugins and env_gateway.adapters"
-        )
     if config.child_user is not None and os.geteuid() != 0:
         raise UserError("env_gateway.child_user: only a gateway that runs as root can change the user; remove the key")
     found = available(config.child_user)
@@ -26,6 +20,11 @@ def child_limits(config: EnvGatewayConfig) -> tuple[ChildLimits, str]:
         raise UserError(
             f'env_gateway.isolation is "required", but {found.problem}. Set env_gateway.child_user if the gateway runs '
             f'as root, permit user namespaces otherwise, or set env_gateway.isolation to "available"'
+        )
+    if config.child_hosts and not found.network:
+        raise UserError(
+            f"env_gateway.child_hosts: {found.problem}, so the network cannot be taken from a session. Permit user "
+            f"namespaces, or name the environment in env_gateway.child_network, which gives it the whole network"
         )
     limits = ChildLimits(
         memory_mib=config.child_memory_mib,
@@ -47,7 +46,9 @@ def log_limits(limits: ChildLimits, problem: str) -> None:
         files=limits.files,
         file_mib=limits.file_mib,
         processes=limits.processes or "not limited",
-        network="none except for child_network and adapters with a url" if limits.isolate else "not limited",
+        network="none except for child_network, child_hosts and adapters with a url"
+        if limits.isolate
+        else "not limited",
         user="the gateway's" if limits.user is None else "one for each session",
         missing=problem or "nothing",
     )

@@ -2,10 +2,11 @@
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from palimpsest.common.sessions.registry import Entry, Registry
 from palimpsest.common.user_error import UserError
+from palimpsest.services.env_gateway.host_lists import NO_PERMISSIONS, NetworkPermission
 from palimpsest.services.env_gateway.isolated import REASONING_GYM, isolated
 from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
@@ -15,15 +16,19 @@ _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 
 
 def blueprints(
-    plugins: Mapping[str, str], *, taken: Iterable[str], network: Collection[str] = ()
+    plugins: Mapping[str, str], *, taken: Iterable[str], permissions: Mapping[str, NetworkPermission] = NO_PERMISSIONS
 ) -> dict[str, EnvironmentSpec]:
-    """Read `env_gateway.plugins`. Those named in `network` may use it. Raises UserError."""
+    """Read `env_gateway.plugins`. permissions: of those that reach something. Raises UserError."""
     for name, path in plugins.items():
         key = f"env_gateway.plugins.{name}"
         valid_name(key, name, taken)
         if not _PATH.fullmatch(path):
             raise UserError(f"{key}: {path!r} is not of the form package.module:Class")
-    return {name: EnvironmentSpec(path=path, network=name in network) for name, path in plugins.items()}
+    found = {name: permissions.get(name, NetworkPermission()) for name in plugins}
+    return {
+        name: EnvironmentSpec(path=path, network=found[name].network, hosts=found[name].hosts)
+        for name, path in plugins.items()
+    }
 
 
 def valid_name(key: str, name: str, taken: Iterable[str]) -> None:

@@ -122,6 +122,7 @@ CHANGEABLE = (
     "env_gateway.child_file_mib",
     "env_gateway.child_user",
     "env_gateway.child_network",
+    "env_gateway.child_hosts",
     "env_gateway.isolation",
     "env_gateway.code_tools",
     "env_gateway.code_python",

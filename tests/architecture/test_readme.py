@@ -146,7 +146,7 @@ def test_an_example_is_a_valid_run_file(example: Path) -> None:
     assert {key: value for key, value in leaves(resolved) if key in dict(leaves(written))} == dict(leaves(written))
 
 
-FREE_NAMES = ("environments", "plugins", "adapters", "agents", "chat_template_options", "estimates")
+FREE_NAMES = ("environments", "plugins", "adapters", "child_hosts", "agents", "chat_template_options", "estimates")
 """Tables whose names the user chooses."""
 
 

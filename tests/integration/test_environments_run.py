@@ -61,6 +61,7 @@ MAY_BE_EMPTY = {
     ("Dead letters", "worker, {{cause}}"): "no fault",
     ("Steps per second", "repeated {{request}}"): "no fault",
     ("Failures per second", "{{environment}} {{code}}"): "no fault",
+    ("Failures per second", "{{environment}} refused host"): "no list of hosts",
     ("Refused requests per second", "{{code}}"): "no fault",
     ("Outages", "{{instance}} to {{of}}"): "no fault",
     ("Requests to the store", "refused: {{reason}}"): "no fault",

@@ -90,7 +90,8 @@ GATEWAY = (
     Panel("Failures per second", "none", {
         "{{environment}} {{code}}": rate("gateway_environment_failures", "environment, code"),
         "{{environment}} tool: {{cause}}": rate("gateway_tool_errors", "environment, cause"),
-    }, "A failed session is repeated; a failed tool call is part of the trajectory."),
+        "{{environment}} refused host": rate("gateway_hosts_refused", "environment"),
+    }, "A failed session is repeated; a failed tool call or a refused host is part of the trajectory."),
     Panel("Refused requests per second", "none", {"{{code}}": rate("gateway_refused", "code")}, "By error code."),
 )  # fmt: skip
 SERVICES = (

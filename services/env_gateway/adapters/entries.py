@@ -1,10 +1,11 @@
 """The environments of `env_gateway.adapters`: each is checked in a child before the gateway listens."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from palimpsest.common.config.env_gateway import AdapterConfig
 from palimpsest.common.sessions.registry import Entry
 from palimpsest.common.user_error import UserError
+from palimpsest.services.env_gateway.host_lists import NO_PERMISSIONS, NetworkPermission
 from palimpsest.services.env_gateway.isolated import isolated
 from palimpsest.services.env_gateway.plugins import valid_name
 from palimpsest.services.env_gateway.processes.pool import Pool
@@ -36,15 +37,23 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
 
 
 def specs(
-    adapters: Mapping[str, AdapterConfig], *, taken: Iterable[str], network: Collection[str] = ()
+    adapters: Mapping[str, AdapterConfig],
+    *,
+    taken: Iterable[str],
+    permissions: Mapping[str, NetworkPermission] = NO_PERMISSIONS,
 ) -> dict[str, EnvironmentSpec]:
-    """Read `env_gateway.adapters`. Those with a url and those named in `network` may use it. Raises UserError."""
+    """Read `env_gateway.adapters`. permissions: without one, a url gives the network. Raises UserError."""
     found = {}
     for name, config in adapters.items():
         valid_name(f"env_gateway.adapters.{name}", name, taken)
+        permitted = permissions.get(name, NetworkPermission(network=bool(config.url)))
         path = f"{FOLDER}.{CLASSES[config.kind]}"
         found[name] = EnvironmentSpec(
-            path=path, arguments=(config.model_dump_json(),), closes=True, network=bool(config.url) or name in network
+            path=path,
+            arguments=(config.model_dump_json(),),
+            closes=True,
+            network=permitted.network,
+            hosts=permitted.hosts,
         )
     return found
 

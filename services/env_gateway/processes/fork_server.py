@@ -25,6 +25,7 @@ from palimpsest.common.parent_death import die_with_parent, survive_parent
 from palimpsest.services.env_gateway.processes import child
 from palimpsest.services.env_gateway.processes.confinement import confine
 from palimpsest.services.env_gateway.processes.protocol import Start
+from palimpsest.services.env_gateway.proxy.client import use_proxy
 
 MAX_START = 65536
 
@@ -61,7 +62,7 @@ class ForkServer:
         while True:
             for key, _ in self._selector.select():
                 if key.fileobj is self._control:
-                    message, descriptors, _, _ = socket.recv_fds(self._control, MAX_START, 2)
+                    message, descriptors, _, _ = socket.recv_fds(self._control, MAX_START, 3)
                     if not message:
                         return
                     self._start(Start.model_validate_json(message), *map(_socket, descriptors))
@@ -71,16 +72,19 @@ class ForkServer:
                 else:
                     self._on_leash_closed(key.data)
 
-    def _start(self, start: Start, channel: socket.socket, leash: socket.socket) -> None:
+    def _start(self, start: Start, channel: socket.socket, leash: socket.socket, *handover: socket.socket) -> None:
         self._started += 1
         parent, pid = os.getpid(), os.fork()
         if pid == 0:
-            self._run_child(start, channel, leash, parent)
-        channel.close()
+            self._run_child(start, channel, leash, parent, *handover)
+        for given in (channel, *handover):
+            given.close()
         self._leashes[pid] = leash
         self._selector.register(leash, selectors.EVENT_READ, pid)
 
-    def _run_child(self, start: Start, channel: socket.socket, leash: socket.socket, parent: int) -> None:
+    def _run_child(
+        self, start: Start, channel: socket.socket, leash: socket.socket, parent: int, *handover: socket.socket
+    ) -> None:
         """Run the child's program and exit; never returns."""
         code = 1
         try:
@@ -95,6 +99,8 @@ class ForkServer:
             if start.limits is not None:
                 confine(start.limits, network=start.blueprint.network, number=self._started)
                 die_with_parent(parent)  # a change of the user undoes it
+            for socket_of_hosts in handover:
+                use_proxy(socket_of_hosts)
             permit(start.code_tools)
             (child.describe if start.describe else child.serve)(start.blueprint, channel)
             code = 0

@@ -6,7 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
+from dataclasses import dataclass
 
 from pydantic import ValidationError
 
@@ -17,13 +18,33 @@ from palimpsest.common.secret_variables import of_environments
 from palimpsest.common.sessions.hosts import AtCapacity
 from palimpsest.services.env_gateway.processes.confinement import ChildLimits
 from palimpsest.services.env_gateway.processes.protocol import MAX_LINE, RUNNING, Described, EnvironmentSpec, Start
+from palimpsest.services.env_gateway.proxy.client import received
+from palimpsest.services.env_gateway.proxy.server import HostProxy, ServedSocket
 
 START_LIMIT_S = 120.0
 DESCRIBE_LIMIT_S = 60.0
 STOP_LIMIT_S = 5.0
+EXCHANGE_LIMIT_S = 5.0
+"""Time limit for the socket that a running child has sent already, in seconds."""
 CLOSE_LIMIT_S = 5.0
 """Time limit for an environment that ends a session elsewhere, in seconds."""
 BUSY_PAUSE_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """The gateway's ends of a child's sockets."""
+
+    channel: socket.socket
+    leash: socket.socket
+    handover: socket.socket | None = None
+    """Over which a child with permitted hosts gives its listening socket."""
+
+    def close(self) -> None:
+        """Close all."""
+        for end in (self.channel, self.leash, self.handover):
+            if end is not None:
+                end.close()
 
 
 class PooledChild:
@@ -83,6 +104,7 @@ class Pool:
         self._free = asyncio.Semaphore(limit)
         self._watches: set[asyncio.Task[None]] = set()
         self._children: set[PooledChild] = set()
+        self._proxy = HostProxy()
         self._fork_server: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
 
@@ -116,7 +138,8 @@ class Pool:
         except TimeoutError:
             raise AtCapacity(f"{self._limit} sessions already have their own process") from None
         try:
-            child = await self._connect(*await self._request_when_ready(self._start(blueprint)))
+            ends = await self._request_when_ready(self._start(blueprint))
+            child = await self._connect(ends)
         except BaseException as error:
             self._free.release()
             if isinstance(error, OSError):
@@ -124,22 +147,35 @@ class Pool:
             raise
         try:  # from here on, the end of the child frees its place
             await self._wait_running(child)
+            if served := self._serve_hosts(blueprint, ends.handover, EXCHANGE_LIMIT_S):
+                child.exit_code.add_done_callback(lambda _: served.close())
+        except OSError as error:
+            child.kill()
+            raise EnvironmentFailed("environment_crashed", f"its process has no proxy: {error}") from None
         except BaseException:
             child.kill()
             raise
+        finally:
+            if ends.handover is not None:
+                ends.handover.close()
         return child
 
     def describe(self, blueprint: EnvironmentSpec) -> Described:
         """Check an environment's class in a child. Blocks; call it before sessions begin."""
-        channel, leash = self._request_fork(self._start(blueprint, describe=True))
-        with leash, channel, channel.makefile("rb") as answers:
-            channel.settimeout(DESCRIBE_LIMIT_S)
+        ends = self._request_fork(self._start(blueprint, describe=True))
+        served: ServedSocket | None = None
+        with closing(ends), ends.channel.makefile("rb") as answers:
+            ends.channel.settimeout(DESCRIBE_LIMIT_S)
             try:
+                served = self._serve_hosts(blueprint, ends.handover, DESCRIBE_LIMIT_S)
                 return Described.model_validate_json(answers.readline())
             except TimeoutError:
                 return Described(problem=f"its import takes longer than {DESCRIBE_LIMIT_S:.0f} s")
-            except ValidationError:
+            except (ValidationError, ConnectionResetError):
                 return Described(problem="its import ended the process")
+            finally:
+                if served is not None:
+                    served.close()
 
     async def close(self) -> None:
         """End every child and the fork server, and wait until they are gone."""
@@ -152,6 +188,7 @@ class Pool:
     def stop(self) -> None:
         """End every child and the fork server. Idempotent."""
         self._stop_fork_server()
+        self._proxy.stop()
         if self._fork_server is not None:
             try:
                 self._fork_server.wait(STOP_LIMIT_S)
@@ -162,22 +199,30 @@ class Pool:
     def _start(self, blueprint: EnvironmentSpec, *, describe: bool = False) -> Start:
         return Start(blueprint=blueprint, describe=describe, limits=self._limits, code_tools=self._code_tools)
 
-    async def _request_when_ready(self, start: Start) -> tuple[socket.socket, socket.socket]:
+    def _serve_hosts(
+        self, blueprint: EnvironmentSpec, handover: socket.socket | None, limit_s: float
+    ) -> ServedSocket | None:
+        """Serve the socket that the child gives, if it has one. Raises OSError."""
+        if handover is None or blueprint.hosts is None:
+            return None
+        handover.settimeout(limit_s)
+        return self._proxy.serve(received(handover), blueprint.hosts)
+
+    async def _request_when_ready(self, start: Start) -> Ends:
         while True:
             try:
                 return self._request_fork(start)
             except BlockingIOError:  # the socket's buffer is full, because the fork server is loading modules
                 await asyncio.sleep(BUSY_PAUSE_S)
 
-    async def _connect(self, channel: socket.socket, leash: socket.socket) -> PooledChild:
+    async def _connect(self, ends: Ends) -> PooledChild:
         try:
-            for end in (channel, leash):
+            for end in (ends.channel, ends.leash):
                 end.setblocking(False)
-            reader, writer = await asyncio.open_unix_connection(sock=channel, limit=MAX_LINE)
-            exits, leash_writer = await asyncio.open_unix_connection(sock=leash)
+            reader, writer = await asyncio.open_unix_connection(sock=ends.channel, limit=MAX_LINE)
+            exits, leash_writer = await asyncio.open_unix_connection(sock=ends.leash)
         except BaseException:  # the end of its leash ends the child
-            channel.close()
-            leash.close()
+            ends.close()
             raise
         child = PooledChild(reader, writer, leash_writer)
         watch = asyncio.create_task(self._watch(child, exits, leash_writer))
@@ -197,18 +242,20 @@ class Pool:
         if line != RUNNING:
             raise EnvironmentFailed("environment_crashed", "its process ended before it began")
 
-    def _request_fork(self, start: Start) -> tuple[socket.socket, socket.socket]:
-        """Request a child from the fork server. Return this side's ends of its channel and leash."""
-        channel, its_channel = socket.socketpair()
-        leash, its_leash = socket.socketpair()
-        with its_channel, its_leash:
-            try:
-                self._send(start.model_dump_json().encode(), [its_channel.fileno(), its_leash.fileno()])
-            except BaseException:
-                channel.close()
-                leash.close()
-                raise
-        return channel, leash
+    def _request_fork(self, start: Start) -> Ends:
+        """Request a child from the fork server. Return this side's ends of its sockets."""
+        confined = start.limits is not None and start.limits.isolate
+        pairs = [socket.socketpair() for _ in range(3 if start.blueprint.hosts is not None and confined else 2)]
+        ends = Ends(*(ours for ours, _ in pairs))
+        try:
+            self._send(start.model_dump_json().encode(), [theirs.fileno() for _, theirs in pairs])
+        except BaseException:
+            ends.close()
+            raise
+        finally:
+            for _, theirs in pairs:
+                theirs.close()
+        return ends
 
     def _send(self, message: bytes, descriptors: list[int]) -> None:
         self.warm()

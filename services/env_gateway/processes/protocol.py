@@ -9,6 +9,7 @@ from palimpsest.common.environments.port import Environment, Opening, Reply, Sco
 from palimpsest.common.environments.sandbox.command import Tools
 from palimpsest.common.sessions.wire import Wire
 from palimpsest.services.env_gateway.processes.confinement import ChildLimits
+from palimpsest.services.env_gateway.proxy.addresses import PermittedHosts
 
 MAX_LINE = 16 * 2**20
 """Maximum length of a line from a child, in bytes."""
@@ -28,6 +29,8 @@ class EnvironmentSpec(Wire):
 
     network: bool = False
     """Whether its processes may use the network."""
+    hosts: PermittedHosts | None = None
+    """What its processes reach through the gateway's proxy, without a network."""
 
     @property
     def module(self) -> str:
@@ -46,7 +49,10 @@ class EnvironmentSpec(Wire):
 
 
 class Start(Wire):
-    """Message to the fork server, with the sockets of the child's channel and leash."""
+    """Message to the fork server, with the sockets of the child's channel and leash.
+
+    A third socket takes the listening socket of a child with `blueprint.hosts`.
+    """
 
     blueprint: EnvironmentSpec
     describe: bool = False

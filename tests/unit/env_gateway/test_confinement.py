@@ -116,8 +116,3 @@ def test_a_configuration_that_demands_more_than_the_machine_has_is_refused(monke
     assert (limits.isolate, limits.processes, problem) == (False, None, "no namespace can be made")
     with pytest.raises(UserError, match=r'isolation is "required", but no namespace can be made'):
         the_limits.child_limits(EnvGatewayConfig(isolation="required"))
-
-
-def test_a_name_without_an_environment_may_not_use_the_network() -> None:
-    with pytest.raises(UserError, match="there is no plugin or adapter 'absent'"):
-        the_limits.child_limits(EnvGatewayConfig(child_network=("absent",)))

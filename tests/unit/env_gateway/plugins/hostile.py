@@ -1,6 +1,7 @@
 """Environments that attack the machine or the run, each in one way."""
 
 import encodings.idna  # noqa: F401  # a session of another user may not read the folder of Python
+import http.client
 import math
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 from palimpsest.common.orphans import children
@@ -98,6 +100,31 @@ class Connects(Quiet):
         except OSError as error:
             return error.strerror or "refused"
         return "connected"
+
+
+class Fetches(Quiet):
+    """Opens what the text names: a URL, `tunnel HOST PORT` through the proxy, or `direct HOST PORT`."""
+
+    def attack(self, text: str) -> str:
+        kind, _, rest = text.partition(" ")
+        try:
+            if kind == "direct":
+                host, port = rest.split()
+                socket.create_connection((host, int(port)), timeout=30).close()
+                return "connected"
+            if kind == "tunnel":
+                host, port = rest.split()
+                proxy = os.environ["https_proxy"].removeprefix("http://").split(":")
+                connection = http.client.HTTPConnection(proxy[0], int(proxy[1]), timeout=30)
+                connection.set_tunnel(host, int(port))
+                connection.request("GET", "/")
+                return connection.getresponse().read().decode()
+            with urllib.request.urlopen(text, timeout=30) as reply:
+                return str(reply.read().decode())
+        except urllib.error.HTTPError as error:
+            return f"{error.code} {error.read().decode()}"
+        except OSError as error:
+            return str(error)
 
 
 class KillsTheGateway(Quiet):
