@@ -1,6 +1,7 @@
 """The real engine with an adapter, compared with peft: log-probs, spans, an update in flight, and the read-back."""
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from pathlib import Path
 from statistics import mean
@@ -18,6 +19,8 @@ from tests.runs.vllm_engine import running_engine, switched_by_files, update
 pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.asyncio(loop_scope="module")]
 MEAN = 0.02
 """Mean difference between engine and transformers in one version, nats per token, both in bf16."""
+MEAN_OF_FEW = 0.1
+"""The same of a few tokens: one may differ by 0.03. Under another adapter they differ by 0.4 to 4."""
 LENGTH, ENOUGH = 200, 2
 """Tokens of a request in flight, and how many such requests must meet an update."""
 PROMPT = [5 + 3 * i for i in range(20)]
@@ -81,16 +84,16 @@ async def test_versions_of_an_adapter_are_served_and_replaced_in_flight(
     live = await paused_in_the_middle(engine)
     await engine.load(stored(model, 2, tmp_path))
     await engine.resume()
-    crossed = 0
+    crossed, errors = 0, defaultdict[int, list[float]](list)
     for task in live:
         sampled = await task
         spans = [(s.version, s.start, s.stop) for s in sampled.spans]
         crossed += [version for version, _, _ in spans] == [1, 2]
         for version, start, stop in spans:  # the prefix is computed again under the new version
             exact = logprobs(oracles[version], PROMPT + list(sampled.tokens))[len(PROMPT) - 1 :]
-            errors = [abs(sampled.logprobs[i] - exact[i]) for i in range(start, stop)]
-            assert mean(errors) < MEAN, (version, start, stop)
+            errors[version] += [abs(sampled.logprobs[i] - exact[i]) for i in range(start, stop)]
     assert crossed >= ENOUGH
+    assert {version: mean(own) < MEAN_OF_FEW for version, own in errors.items()} == {1: True, 2: True}, errors
 
     renew(model, seed=3)
     (faults / "skip_adapter").touch()

@@ -1,6 +1,7 @@
 """A vLLM engine alone, with faults that a test switches on."""
 
 import os
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -28,8 +29,11 @@ async def running_engine(
         await engine.start()
     finally:
         del os.environ[failpoints.VARIABLE]
+    held = weakref.ref(engine._running)
     yield engine
+    died = engine._watch is not None and engine._watch.gone.is_set()
     await engine.close()
+    assert held() is None or died, "vLLM's destructor prints an error if the interpreter ends before it"
 
 
 def switched_by_files(folder: Path, *faults: str) -> str:

@@ -4,6 +4,7 @@ Only this file, vllm_weight_transfer.py, vllm_lora.py and weight_update.py impor
 """
 
 import asyncio
+import gc
 import os
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
@@ -111,12 +112,12 @@ class VllmEngine:
         self._watch = EngineMonitor(self._log)
         try:
             with self._watch.child_variables():
-                llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
-            self._llm = llm
-            self._watch.watch(llm.engine_core.resources.engine_manager.processes)
+                # no local variable: imports that failed in vLLM keep this frame, and the engine must end with `close`
+                self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
+            self._watch.watch(self._running.engine_core.resources.engine_manager.processes)
         except Exception as error:
             raise self._startup_error(error) from None
-        updates = llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        updates = self._running.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         await self._run_step("the set-up of weight updates", updates)
         # The first request triggers vLLM's lazy compilation; run it before real requests wait for it.
         await self.generate((1, 2, 3), request="first", temperature=1.0, max_tokens=2, stop=())
@@ -229,6 +230,8 @@ class VllmEngine:
         if self._llm is not None:
             await asyncio.to_thread(self._llm.shutdown)
             self._llm = None
+            await asyncio.sleep(0)  # its tasks end
+            gc.collect()  # its destructor fails in an interpreter that ends
 
     async def _final(self, prompt: Sequence[int], sampling: Any, request: str) -> Any:
         llm = self._running
