@@ -29,6 +29,8 @@ UNSCALED = ("default", "su", "longrope", "llama3", "yarn", "deepseek_yarn", "dee
 """Types of RoPE scaling that leave the number of positions unchanged, as in vLLM. Other types multiply it by factor."""
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Keys of config.json that hold the number of experts of a layer."""
+ATTENTION_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""Linear layers of the attention, which can have adapters in a mixture of experts."""
 SOFT_CAP = "attn_logit_softcapping"
 """Key of config.json: c of c tanh(score / c), which limits the attention scores (Gemma 2)."""
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -151,16 +153,29 @@ def refuse_adapter(config: RunConfig, values: Mapping[str, Any]) -> None:
     engine, rank = config.rollout.engine, config.learner.lora.rank
     if not rank:
         return
-    if found := next((key for key in EXPERT_KEYS if text_values(values).get(key)), None):
+    found = mixture_key(values)
+    others = [name for name in config.learner.lora.targets if name.rpartition(".")[2] not in ATTENTION_LAYERS]
+    if found and others:
         raise UserError(
-            f"learner.lora.rank is {rank}, but the model in {config.model.path} is a mixture of experts ({found} in "
-            f"config.json), which cannot have adapters yet. Set learner.lora.rank = 0"
+            f"learner.lora.targets names {others[0]}, but the model in {config.model.path} is a mixture of experts "
+            f"({found} in config.json), where only the attention can have adapters: peft does not adapt stacked "
+            f"experts. Set learner.lora.targets to some of {', '.join(ATTENTION_LAYERS)}"
         )
     if isinstance(engine, VllmEngineConfig) and engine.tensor_parallel > 1:
         raise UserError(
             f"learner.lora.rank is {rank}, but rollout.engine.tensor_parallel is {engine.tensor_parallel}: an adapter "
             f"cannot be read back from several GPUs yet. Set rollout.engine.tensor_parallel = 1"
         )
+
+
+def mixture_key(values: Mapping[str, Any]) -> str | None:
+    """Return the key of config.json that makes the model a mixture of experts; None: it is dense."""
+    return next((key for key in EXPERT_KEYS if text_values(values).get(key)), None)
+
+
+def mixture_of(path: str) -> str | None:
+    """`mixture_key` of the model in a folder; None also if it has no config.json."""
+    return mixture_key(_read(Path(path) / "config.json"))
 
 
 def text_values(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -200,11 +200,6 @@ class LearnerConfig(Service):
                 'the training: it needs proximal.kind = "snapshot" with prefetch = false. Change it, or set '
                 'routing_replay = "none"'
             )
-        if self.routing_replay != "none" and self.lora.rank:
-            raise ValueError(
-                f'routing_replay = "{self.routing_replay}" was not tried with lora.rank = {self.lora.rank}: set one of '
-                f"them to its default"
-            )
         if self.routing_replay == "engine" and row.runs_replicas:
             raise ValueError(
                 'routing_replay = "engine" is not known to replicas: choose another proximal.kind, or set '

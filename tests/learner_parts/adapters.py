@@ -16,13 +16,16 @@ from tests.learner_parts.models import CPU, load
 
 LORA = LoraConfig(rank=4, alpha=8.0, targets=("q_proj", "v_proj", "down_proj"))
 ADAPTER = Adapter("base", 4, 8.0, ("down_proj", "q_proj", "v_proj"))
+ATTENTION_LORA = LoraConfig(rank=4, alpha=8.0, targets=("q_proj", "o_proj"))
+ATTENTION_ADAPTER = Adapter("base", 4, 8.0, ("o_proj", "q_proj"))
+"""Of a mixture of experts."""
 
 
-def adapted(folder: Path, *, seed: int = 0, packed: bool = False) -> torch.nn.Module:
+def adapted(folder: Path, *, seed: int = 0, packed: bool = False, lora: LoraConfig = LORA) -> torch.nn.Module:
     """The model with an adapter that changes what it computes. packed: its passes have no padding."""
     torch.manual_seed(seed)
     model = load_model(str(folder), CPU, "sdpa", layout="packed") if packed else load(folder)
-    add_adapter(model, LORA)
+    add_adapter(model, lora)
     renew(model, seed=seed)
     return model
 

@@ -107,7 +107,7 @@ class VllmEngine:
             enable_return_routed_experts=self._routes,
             generation_config="vllm",  # ignore the model folder's sampling defaults (top_p, top_k)
             **machine,
-            **({} if self._adapter is None else vllm_lora.engine_arguments(self._adapter)),
+            **({} if self._adapter is None else vllm_lora.engine_arguments(self._adapter, self._model)),
         )
         self._watch = EngineMonitor(self._log)
         try:

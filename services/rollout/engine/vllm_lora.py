@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from palimpsest.common import failpoints
+from palimpsest.common.model_limits import mixture_of
 from palimpsest.common.snapshots.adapter import CONFIG, PREFIX, WEIGHTS, Adapter, peft_config
 from palimpsest.common.user_error import UserError
 from palimpsest.services.rollout.engine.port import StoredWeights
@@ -20,8 +21,15 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM reserves memory for (`MaxLoRARanks`)."""
 
 
-def engine_arguments(adapter: Adapter) -> dict[str, Any]:
-    """Return the arguments of AsyncEngineArgs for an engine that serves this adapter. Raises UserError."""
+def engine_arguments(adapter: Adapter, model: str) -> dict[str, Any]:
+    """Return the arguments of AsyncEngineArgs for an engine that serves this adapter. Raises UserError.
+
+    model: model.path.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        refuse_mixture_of_cpu(model)
     rank = next((each for each in RANKS if each >= adapter.rank), None)
     if rank is None:
         raise UserError(f"learner.lora.rank is {adapter.rank}; vLLM serves at most {RANKS[-1]}")
@@ -33,6 +41,16 @@ def engine_arguments(adapter: Adapter) -> dict[str, Any]:
         "lora_target_modules": sorted({target.rpartition(".")[2] for target in adapter.targets}),
         "worker_extension_cls": f"{__name__}.{LoadsAdapter.__name__}",
     }
+
+
+def refuse_mixture_of_cpu(model: str) -> None:
+    """Raise UserError if the model is a mixture of experts, which vLLM's CPU build does not compute with adapters."""
+    if found := mixture_of(model):
+        raise UserError(
+            f"learner.lora.rank is set, and the model in {model} is a mixture of experts ({found} in config.json). "
+            f"With adapters, also on the attention alone, vLLM computes the experts with Triton, which its CPU build "
+            f"lacks: use a GPU, or set learner.lora.rank = 0"
+        )
 
 
 def request_for(folder: Path, *, replace: bool = False) -> Any:

@@ -51,7 +51,7 @@ def a_run(model: Path, *, longest: int = 1023, engine: dict[str, Any] | None = N
 @pytest.mark.parametrize(
     ("config", "engine", "message"),
     [
-        ({"num_experts": 4}, {}, r"is a mixture of experts \(num_experts in config.json\)"),
+        ({"num_experts": 4}, {}, r"names gate_proj, but .* a mixture of experts \(num_experts in config.json\)"),
         ({}, {"tensor_parallel": 2}, "rollout.engine.tensor_parallel is 2: an adapter cannot be read back"),
     ],
 )
@@ -64,6 +64,12 @@ def test_an_adapter_is_refused_where_it_does_not_work(
     learner = run.learner.model_copy(update={"lora": LoraConfig(rank=8)})
     with pytest.raises(UserError, match=message):
         refuse_limits(run.model_copy(update={"learner": learner}))
+
+
+def test_the_attention_of_a_mixture_may_have_an_adapter(tmp_path: Path) -> None:
+    run = a_run(a_model(tmp_path / "model", config={"vocab_size": 10, "num_experts": 4}))
+    lora = LoraConfig(rank=8, targets=("q_proj", "self_attn.o_proj"))
+    refuse_limits(run.model_copy(update={"learner": run.learner.model_copy(update={"lora": lora})}))
 
 
 @pytest.mark.parametrize("rows", [10, 64])

@@ -29,7 +29,7 @@ from palimpsest.services.learner.old_logprobs.snapshot_source import SnapshotSou
 from palimpsest.services.learner.proximal.types import Source
 from palimpsest.services.learner.training.results import StepResult
 from palimpsest.services.learner.training.trainer import Trainer
-from tests.learner_parts.adapters import ADAPTER, LORA, renew
+from tests.learner_parts.adapters import ADAPTER, ATTENTION_ADAPTER, ATTENTION_LORA, LORA, renew
 from tests.learner_parts.families import build
 from tests.learner_parts.models import CPU, canaries, load, logprobs, perturb, train
 from tests.records.builders import UNCORRECTED, a_learner, a_row
@@ -45,9 +45,11 @@ class Recorded:
     ) -> None:
         self._folder, self._model, self._packed = folder, model, layout == "packed"
         policy = load_model(str(model), CPU, "sdpa", layout="packed") if self._packed else load(model)
+        mixture = kind == "routes"
         if lora:
-            add_adapter(policy, LORA)
-        adapter = structs.replace(ADAPTER, base=base_digest(str(model))) if lora else None
+            add_adapter(policy, ATTENTION_LORA if mixture else LORA)
+        form = ATTENTION_ADAPTER if mixture else ADAPTER
+        adapter = structs.replace(form, base=base_digest(str(model))) if lora else None
         for version in range(NOW + 1):
             if lora:
                 renew(policy, seed=version)
@@ -90,12 +92,13 @@ class Recorded:
         return rows
 
 
+@pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_replayed_routes_are_repeated_bit_for_bit(
-    layout: str, tmp_path: Path, store: SnapshotClient, monkeypatch: pytest.MonkeyPatch
+    layout: str, lora: bool, tmp_path: Path, store: SnapshotClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The training passes replay the experts of older versions; without these the values differ."""
-    run = Recorded(tmp_path, build("Qwen3-MoE", tmp_path / "model"), store, "routes", layout=layout)
+    run = Recorded(tmp_path, build("Qwen3-MoE", tmp_path / "model"), store, "routes", layout=layout, lora=lora)
     replayed = [one.batch.routes for one in run.trained.micro_batches if one.batch.routes is not None]
     assert any((routes == FREE).any() and (routes != FREE).any() for routes in replayed)
     rows = [row for minibatch in run.minibatches for row in minibatch]
