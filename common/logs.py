@@ -66,6 +66,8 @@ class _Lines(structlog.PrintLogger):
 
 
 def logger() -> structlog.stdlib.BoundLogger:
-    """Return the logger of this process."""
+    """Return the logger of this process. Without `configure`, it writes to standard error, too."""
+    if not structlog.is_configured():
+        structlog.configure(logger_factory=lambda *_: _Lines(sys.stderr))
     log: structlog.stdlib.BoundLogger = structlog.get_logger()
     return log

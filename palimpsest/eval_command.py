@@ -114,6 +114,7 @@ def run(request: Request, environment: Mapping[str, str]) -> dict[str, Any]:
         from palimpsest.env_offered import found, offered
         from palimpsest.evaluation import evaluate  # imports the engine's libraries
 
+        _announce(f"starting the engine ({config.rollout.engine.kind})")
         with offered(config) as (_, registry):
             programs = agent_programs(config, *names)
             for name in names:
@@ -210,6 +211,7 @@ def _config_of_model(request: Request, environment: Mapping[str, str]) -> RunCon
         file.write_text(
             f"[model]\npath = {msgspec.json.encode(request.place).decode()}\n"
             f"[tasks]\nenvironments = {{ {shares} }}\n[learner]\nversions = 1\n"
+            f'[rollout.engine]\nkind = "vllm"\n'
         )
         return load([str(file), *request.flags], environment, program=PROGRAM).config
 
@@ -218,6 +220,11 @@ def _progress(ended: int, total: int) -> None:
     """Show the progress on a terminal."""
     if sys.stderr.isatty():
         print(f"\r{ended} of {total} trajectories", end="\n" if ended == total else "", file=sys.stderr, flush=True)
+
+
+def _announce(what: str) -> None:
+    if sys.stderr.isatty():
+        print(what, file=sys.stderr, flush=True)
 
 
 def _number(own: Mapping[str, str], name: str, default: int, lowest: int) -> int:

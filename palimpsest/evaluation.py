@@ -20,6 +20,7 @@ from palimpsest.common.snapshots.manifest import Manifest
 from palimpsest.common.trajectory_limit import trajectory_limit
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
+from palimpsest.held_output import HeldOutput
 from palimpsest.services.learner.evaluation.ledger import EvaluationLedger
 from palimpsest.services.learner.evaluation.state import SCORED, SampleEnd
 from palimpsest.services.rollout.agents.endpoints import serving
@@ -112,12 +113,13 @@ def evaluate(
     registry: the environments. manifest: of the version, which the scripted engine needs. progress: called with the
     number of ended trajectories and of all.
     """
-    return asyncio.run(
-        _evaluate(
-            config, registry, tasks, version=version, manifest=manifest, samples=samples, temperature=temperature,
-            progress=progress,
-        )
-    )  # fmt: skip
+    with HeldOutput() as held:
+        return asyncio.run(
+            _evaluate(
+                config, registry, tasks, version=version, manifest=manifest, samples=samples, temperature=temperature,
+                progress=progress, held=held,
+            )
+        )  # fmt: skip
 
 
 async def _evaluate(
@@ -130,6 +132,7 @@ async def _evaluate(
     samples: int,
     temperature: float,
     progress: Callable[[int, int], None],
+    held: HeldOutput,
 ) -> Evaluated:
     dialogue = ChatRenderer.load(
         config.model.path, dict(config.model.chat_template_options), config.model.chat_template
@@ -145,7 +148,8 @@ async def _evaluate(
     ledger, tally = EvaluationLedger(version, tasks, samples=samples), Tally()
     offers = [_offer(group, ledger, sampling, samples, number) for number, group in enumerate(ledger.groups())]
     try:
-        await engine.start()
+        with held.holding():
+            await engine.start()
         if manifest is not None:  # the scripted engine samples only with weights
             await engine.pause()
             await engine.load(StoredWeights(manifest, Path()))
@@ -173,7 +177,8 @@ async def _evaluate(
     except* EngineDead as errors:
         raise UserError(str(errors.exceptions[0]), ExitCode.ENGINE) from None
     finally:
-        await engine.close()
+        with held.holding():
+            await engine.close()
     return Evaluated(ledger.results(), ledger.counts(), tally.sampled_tokens, time.monotonic() - began)
 
 

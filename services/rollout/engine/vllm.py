@@ -337,6 +337,7 @@ def _post_mortem(watch: EngineMonitor) -> str:
 def _set_environment(config: VllmEngineConfig) -> amx.Amx | None:
     """Set the environment variables that vLLM reads at import. Return the use of AMX; None: the engine uses a GPU."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for the results of commands
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     # A forked engine would inherit locks held by this process's threads, and would not enable its crash log.
