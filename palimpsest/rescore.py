@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from palimpsest.common.base_model import base_digest
 from palimpsest.common.snapshots.adapter import Adapter
-from palimpsest.common.snapshots.frames import Hashed, RawTensor
+from palimpsest.common.snapshots.frames import Hashed, RawTensor, joined
 from palimpsest.common.snapshots.manifest import Manifest, unseal
 from palimpsest.common.snapshots.raw_file import RawFile
 from palimpsest.common.snapshots.walker import Walker
@@ -113,9 +113,10 @@ class Models:
     @contextmanager
     def object(self, manifest: Manifest) -> Iterator[Iterator[bytes]]:
         """See VersionSource. Compares the digest at the end of the block."""
-        hashed = Hashed(iter([(self._store / "objects" / manifest.object).read_bytes()]))
+        objects = self._store / "objects"
+        hashed = Hashed(joined(manifest, lambda digest: iter([(objects / digest).read_bytes()])), manifest)
         yield hashed.chunks()
-        hashed.verify(manifest)
+        hashed.verify()
 
     def _load(self, version: int) -> Any:
         manifest = self.manifest(Version(version))

@@ -216,7 +216,6 @@ class LearnerConfig(Service):
         """Raise ValueError for what needs a whole model on each rank."""
         unsupported = (
             (self.vcpo.baseline, "vcpo.baseline takes the gradient of each trajectory"),
-            (self.publishing != "inline", f'publishing = "{self.publishing}" copies a whole model in one process'),
             (self.lora.rank > 0, f"lora.rank = {self.lora.rank} needs the whole base model on each rank"),
         )
         if reasons := [reason for applies, reason in unsupported if applies]:

@@ -16,7 +16,6 @@ from typing import IO, Any, Self, cast
 import httpx
 import msgspec
 from blake3 import blake3
-from msgspec import UNSET
 
 from palimpsest.common import failpoints
 from palimpsest.common.bus.claim_check import MOST_CLAIM_BYTES
@@ -26,17 +25,8 @@ from palimpsest.common.snapshots.chain import ChainCost
 from palimpsest.common.snapshots.codec import Bytes
 from palimpsest.common.snapshots.encoding import EncodedVersion, encode_version
 from palimpsest.common.snapshots.fencing import raise_if_refused
-from palimpsest.common.snapshots.frames import Hashed, RawTensor, decode_tensors
-from palimpsest.common.snapshots.manifest import (
-    SCHEMA,
-    Canary,
-    Damaged,
-    Manifest,
-    Parent,
-    seal,
-    unseal,
-    version_digest,
-)
+from palimpsest.common.snapshots.frames import Hashed, RawTensor, decode_tensors, joined
+from palimpsest.common.snapshots.manifest import Canary, Damaged, Manifest, Parent, seal, unseal
 from palimpsest.common.snapshots.retrying_http import (
     CHUNK,
     NotFound,
@@ -51,6 +41,7 @@ from palimpsest.common.versions import Version
 
 __all__ = [
     "ClaimMissing",
+    "ObjectMissing",
     "ParentMissing",
     "ParentWeights",
     "RawTensor",
@@ -58,6 +49,7 @@ __all__ = [
     "StoreUnavailable",
     "VersionConflict",
     "VersionMissing",
+    "WithoutRoom",
 ]
 
 MOST_IN_MEMORY = 64 << 20
@@ -74,6 +66,10 @@ class VersionConflict(Exception):
     """Raised if the store already holds other weights under this version number."""
 
 
+class ObjectMissing(StoreUnavailable):
+    """Raised if the store does not hold an object that a manifest names."""
+
+
 class ParentMissing(LookupError):
     """Raised if the store does not hold the version that a delta begins with."""
 
@@ -87,6 +83,13 @@ class ParentWeights:
     """Name -> bytes of every tensor."""
     cost: ChainCost
     """Of the chain that ends with this version."""
+
+
+MISSING: Mapping[str, type[ObjectMissing | ParentMissing]] = {
+    "object_missing": ObjectMissing,
+    "parent_missing": ParentMissing,
+}
+"""Code of a refused manifest -> error."""
 
 
 class ClaimMissing(LookupError):
@@ -115,6 +118,11 @@ class SnapshotClient:
             url, patience_s=patience_s, ca_file=ca_file, sleep=sleep, sleep_without_room=sleep_without_room
         )
         self._compression, self._ca_file = compression, ca_file
+
+    @property
+    def compression(self) -> int:
+        """zstd level of weights in full."""
+        return self._compression
 
     @property
     def url(self) -> str:
@@ -161,37 +169,34 @@ class SnapshotClient:
             file = cast("IO[bytes]", temporary)
             with with_filename(tempfile.gettempdir()):
                 encoded, parent = self._encode(tensors, parent, file)
-            manifest = Manifest(
-                schema=SCHEMA,
-                run=run,
-                writer=writer,
-                version=version,
-                digest=version_digest(encoded.entries),
-                encoding="delta" if parent else "slices",
-                object=encoded.digest,
-                object_size=encoded.size,
-                tensors=tuple(encoded.entries),
-                canaries=tuple(canaries),
-                parent=parent.parent if parent else None,
-                encodings=dict(encoded.kinds),
-                adapter=UNSET if adapter is None else adapter,
-            )
+            before = None if parent is None else parent.parent
+            manifest = encoded.manifest(run, version, canaries, writer=writer, parent=before, adapter=adapter)
             failpoints.reach("learner.after_encoding")
-            reply = self._send(manifest, file)
-            if _code(reply) == "object_missing":  # the store restarted after the first call and removed the object
-                reply = self._send(manifest, file)
-        if _code(reply) == "parent_missing":
-            raise ParentMissing(reply.json()["message"])
+            try:
+                self._send(manifest, file)
+            except ObjectMissing:  # the store restarted after the first call and removed the object
+                self._send(manifest, file)
+        return manifest
+
+    def _send(self, manifest: Manifest, file: IO[bytes]) -> None:
+        while True:
+            try:
+                self.send_object(manifest.object, manifest.object_size, file)
+                break
+            except WithoutRoom:
+                self.wait_for_room(manifest.object_size)
+        failpoints.reach("learner.after_storing_object")
+        self.put_manifest(manifest)
+
+    def put_manifest(self, manifest: Manifest) -> None:
+        """Create a version whose objects are stored. Raises as `put`, and ObjectMissing."""
+        reply = self._calls.call(lambda http: http.put(f"/v1/versions/{manifest.version}", content=seal(manifest)))
+        if (code := _code(reply)) in MISSING:
+            raise MISSING[code](reply.json()["message"])
         raise_if_refused(reply)
         if reply.status_code == 409:
             raise VersionConflict(reply.json()["message"])
         raise_for_status(reply, 200, 201)
-        return manifest
-
-    def _send(self, manifest: Manifest, file: IO[bytes]) -> httpx.Response:
-        self._send_object(manifest.object, manifest.object_size, file)
-        failpoints.reach("learner.after_storing_object")
-        return self._calls.call(lambda http: http.put(f"/v1/versions/{manifest.version}", content=seal(manifest)))
 
     def manifest(self, version: Version) -> Manifest:
         """Return the manifest of a version. Raises VersionMissing, Damaged."""
@@ -221,22 +226,22 @@ class SnapshotClient:
     def tensors(self, manifest: Manifest) -> Iterator[RawTensor]:
         """Iterate over the tensors of a version that is stored in full. Raises VersionMissing, Damaged."""
         with closing(self._object(manifest)) as chunks:
-            hashed = Hashed(chunks)
+            hashed = Hashed(chunks, manifest)
             yield from decode_tensors(hashed.chunks(), manifest)
-            hashed.verify(manifest)
+            hashed.verify()
 
     @contextmanager
     def object(self, manifest: Manifest) -> Iterator[Iterator[bytes]]:
-        """Download the object of a version and compare it with its digest; yield its bytes in pieces.
+        """Download the objects of a version and compare them with their digests; yield their bytes in pieces.
 
         Raises VersionMissing, Damaged. Memory holds at most MOST_IN_MEMORY bytes of it.
         """
         with tempfile.SpooledTemporaryFile(max_size=MOST_IN_MEMORY, prefix="palimpsest-get-") as file:
             with closing(self._object(manifest)) as chunks:
-                hashed = Hashed(chunks)
+                hashed = Hashed(chunks, manifest)
                 for chunk in hashed.chunks():
                     file.write(chunk)
-            hashed.verify(manifest)
+            hashed.verify()
             file.seek(0)
             yield iter(lambda: file.read(CHUNK), b"")
 
@@ -301,7 +306,8 @@ class SnapshotClient:
             file.truncate()
         return encode_version(tensors, None, file, level=self._compression), None
 
-    def _send_object(self, digest: str, size: int, file: IO[bytes]) -> None:
+    def send_object(self, digest: str, size: int, file: IO[bytes]) -> None:
+        """Store the bytes of a file as an object. Raises WithoutRoom if the store is at its limit of bytes."""
         upload = Upload(file)
 
         def send(http: httpx.Client) -> httpx.Response:
@@ -312,16 +318,15 @@ class SnapshotClient:
                 timeout=timeout_of(size),  # after the last byte, the store writes the object to its disk or its S3
             )
 
-        while True:
-            try:
-                raise_for_status(self._calls.call(send, upload=upload), 200, 201)
-                return
-            except WithoutRoom:
-                self._calls.wait_for_room(size)
+        raise_for_status(self._calls.call(send, upload=upload), 200, 201)
+
+    def wait_for_room(self, size: int) -> None:
+        """Return when the store has room for this many bytes."""
+        self._calls.wait_for_room(size)
 
     def _object(self, manifest: Manifest) -> Generator[bytes, None, None]:
         try:
-            yield from self._calls.body(f"/v1/objects/{manifest.object}")
+            yield from joined(manifest, lambda digest: self._calls.body(f"/v1/objects/{digest}"))
         except NotFound:
             raise VersionMissing(f"version {manifest.version}: the store no longer holds its weights") from None
 

@@ -1,21 +1,36 @@
-"""Encode the tensors of a version into one object, in slices, on all cores.
+"""Encode the tensors of a version into an object, in slices, on all cores; or into several, each with other tensors.
 
 Memory holds the tensors that the caller yields and a few encoded slices, not the object.
 """
 
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import IO
 
 from blake3 import blake3
+from msgspec import UNSET
+from msgspec.structs import replace
 
+from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.snapshots.codec import Bytes
 from palimpsest.common.snapshots.frames import RawTensor
-from palimpsest.common.snapshots.manifest import ITEMSIZE, TensorEntry
+from palimpsest.common.snapshots.manifest import (
+    ITEMSIZE,
+    PARTS_SCHEMA,
+    SCHEMA,
+    Canary,
+    Manifest,
+    Parent,
+    StoredObject,
+    TensorEntry,
+    parts_digest,
+    version_digest,
+)
 from palimpsest.common.snapshots.slices import Slice, encode_slice, ranges
+from palimpsest.common.versions import Version
 
 THREADS = os.cpu_count() or 1
 AHEAD = 4
@@ -31,8 +46,38 @@ class EncodedVersion:
     """blake3 of the object, hex."""
     size: int = 0
     """Bytes of the object."""
-    kinds: Counter[str] = field(default_factory=Counter)
+    kinds: dict[str, int] = field(default_factory=dict)
     """Kind of slice, in small letters -> number of slices."""
+    parts: tuple[StoredObject, ...] = ()
+    """The objects if they are several; `digest` is then that of the list."""
+
+    def manifest(
+        self,
+        run: str,
+        version: Version,
+        canaries: Sequence[Canary],
+        *,
+        writer: int,
+        parent: Parent | None,
+        adapter: Adapter | None,
+    ) -> Manifest:
+        """Return the manifest of the version. parent: of a delta; None: the version is encoded in full."""
+        return Manifest(
+            schema=PARTS_SCHEMA if self.parts else SCHEMA,
+            run=run,
+            writer=writer,
+            version=version,
+            digest=version_digest(self.entries),
+            encoding="slices" if parent is None else "delta",
+            object=self.digest,
+            object_size=self.size,
+            tensors=tuple(self.entries),
+            canaries=tuple(canaries),
+            parent=parent,
+            encodings=self.kinds,
+            adapter=UNSET if adapter is None else adapter,
+            parts=self.parts or UNSET,
+        )
 
 
 def encode_version(
@@ -79,6 +124,32 @@ def encode_version(
     return writer.finished()
 
 
+def join(encoded: Sequence[EncodedVersion]) -> EncodedVersion:
+    """Return a version whose tensors are encoded in several objects, in their order. Objects without bytes are left
+    out.
+
+    >>> one = EncodedVersion([TensorEntry("a", "int8", (1,), "", 0, 5)], digest="d", size=5)
+    >>> two = EncodedVersion([TensorEntry("b", "int8", (1,), "", 0, 7)], digest="e", size=7)
+    >>> both = join([one, EncodedVersion(), two])
+    >>> both.size, [(entry.name, entry.start) for entry in both.entries], [part.digest for part in both.parts]
+    (12, [('a', 0), ('b', 5)], ['d', 'e'])
+    """
+    version, parts = EncodedVersion(), []
+    for each in encoded:
+        version.entries += [replace(entry, start=entry.start + version.size) for entry in each.entries]
+        version.size += each.size
+        version.kinds = {
+            kind: version.kinds.get(kind, 0) + each.kinds.get(kind, 0) for kind in {**version.kinds, **each.kinds}
+        }
+        if each.size:
+            parts.append(StoredObject(each.digest, each.size))
+    if len(parts) == 1:
+        version.digest = parts[0].digest
+    else:
+        version.digest, version.parts = parts_digest(parts), tuple(parts)
+    return version
+
+
 def digest_of(raw: Bytes) -> str:
     """Return blake3 of the bytes, hex."""
     return blake3(raw.data).hexdigest()
@@ -89,7 +160,7 @@ class _Writer:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._hasher, self._tensor_start = file, blake3(), 0
-        self._version = EncodedVersion()
+        self._version, self._kinds = EncodedVersion(), Counter[str]()
 
     def write_slice(self, encoded: Slice | str) -> None:
         assert isinstance(encoded, Slice)
@@ -97,7 +168,7 @@ class _Writer:
         self._file.write(body)
         self._hasher.update(body)
         self._version.size += len(body)
-        self._version.kinds[encoded.kind.name.lower()] += 1
+        self._kinds[encoded.kind.name.lower()] += 1
 
     def ending(self, tensor: RawTensor) -> Callable[[Slice | str], None]:
         name, dtype, shape = tensor.name, tensor.dtype, tensor.shape
@@ -110,5 +181,5 @@ class _Writer:
         return end
 
     def finished(self) -> EncodedVersion:
-        self._version.digest = self._hasher.hexdigest()
+        self._version.digest, self._version.kinds = self._hasher.hexdigest(), dict(self._kinds)
         return self._version

@@ -4,11 +4,13 @@ The digest of each decoded tensor is verified.
 """
 
 import os
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from blake3 import blake3
@@ -148,31 +150,58 @@ class _SameThread:
 
 
 class Hashed:
-    """The bytes of an object, hashed as they pass."""
+    """The bytes of a version's objects, one after another, hashed as they pass."""
 
-    def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks, self._hasher, self._size = chunks, blake3(), 0
+    def __init__(self, chunks: Iterator[bytes], manifest: Manifest) -> None:
+        self._chunks, self._manifest, self._size = chunks, manifest, 0
+        self._hashers = [blake3() for _ in manifest.objects]
+        self._ends = list(accumulate(each.size for each in manifest.objects))
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the bytes."""
         for chunk in self._chunks:
-            self._hasher.update(chunk)
-            self._size += len(chunk)
+            self._hash(memoryview(chunk))
             yield chunk
 
-    def verify(self, manifest: Manifest) -> None:
-        """Raise Damaged unless all bytes, with those that nothing has read yet, are the version's object."""
+    def verify(self) -> None:
+        """Raise Damaged unless all bytes, with those that nothing has read yet, are those of the version's objects."""
         for _ in self.chunks():
             pass
-        if self._size < manifest.object_size:
+        version, objects = self._manifest.version, self._manifest.objects
+        if self._size < self._manifest.object_size:
             raise Damaged(
-                f"version {manifest.version}: the object {manifest.object[:12]} has {self._size} of "
-                f"{manifest.object_size} bytes: it is truncated"
+                f"version {version}: the object {self._manifest.object[:12]} has {self._size} of "
+                f"{self._manifest.object_size} bytes: it is truncated"
             )
-        if (found := self._hasher.hexdigest()) != manifest.object:
+        for each, hasher in zip(objects, self._hashers, strict=True):
+            if (found := hasher.hexdigest()) != each.digest:
+                raise Damaged(
+                    f"version {version}: the bytes of its object {each.digest[:12]} have the digest {found[:12]}"
+                )
+
+    def _hash(self, rest: memoryview) -> None:
+        while rest:
+            number = min(bisect_right(self._ends, self._size), len(self._ends) - 1)
+            last = number == len(self._ends) - 1  # takes what is too much, so that its digest is different
+            own = rest if last else rest[: self._ends[number] - self._size]
+            self._hashers[number].update(own)
+            self._size += len(own)
+            rest = rest[len(own) :]
+
+
+def joined(manifest: Manifest, body: Callable[[str], Iterator[bytes]]) -> Iterator[bytes]:
+    """Yield the bytes of a version's objects, one after another. body: returns those of one, by its digest.
+
+    Raises Damaged for a part of another size.
+    """
+    for each in manifest.objects:
+        size = 0
+        for chunk in body(each.digest):
+            size += len(chunk)
+            yield chunk
+        if len(manifest.objects) > 1 and size != each.size:
             raise Damaged(
-                f"version {manifest.version}: the bytes of its object {manifest.object[:12]} have the digest "
-                f"{found[:12]}"
+                f"version {manifest.version}: the object {each.digest[:12]} has {size} bytes, not {each.size}"
             )
 
 

@@ -1,5 +1,8 @@
 """Manifest of a version in the store: its tensors, the place of their bytes, and their digests.
 
+The bytes of a version are one object, or several, each written by another rank of the learner; they are read as one
+stream.
+
 The digest of a version is blake3 over the names, types, shapes and digests of its tensors. Equal digests mean equal
 weights, independent of the encoding. A stored manifest carries a digest of its own text, which reveals damage.
 """
@@ -13,8 +16,9 @@ from msgspec import UNSET, Struct, UnsetType
 from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.versions import Version
 
-SCHEMA = 2
-SCHEMAS = (1, 2)
+SCHEMA, PARTS_SCHEMA = 2, 3
+"""Schemas that this release writes: of a version in one object, and in several."""
+SCHEMAS = (1, SCHEMA, PARTS_SCHEMA)
 """Schemas that this release reads. Schema 1 has only the encoding `base`."""
 ENCODINGS = ("base", "slices", "delta")
 
@@ -45,7 +49,7 @@ class TensorEntry(Struct, frozen=True, forbid_unknown_fields=True):
     """blake3 of the raw little-endian bytes, hex."""
     start: int
     length: int
-    """The frame is bytes [start, start + length) of the object."""
+    """The frame is bytes [start, start + length) of the object, or of all objects one after another."""
 
     @property
     def size(self) -> int:
@@ -78,6 +82,15 @@ class Parent(Struct, frozen=True, forbid_unknown_fields=True):
     digest: str
 
 
+class StoredObject(Struct, frozen=True, forbid_unknown_fields=True):
+    """An object in the store."""
+
+    digest: str
+    """blake3 of its bytes, hex; also its name."""
+    size: int
+    """Bytes."""
+
+
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     """A version in the store."""
 
@@ -91,8 +104,10 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     """`base`: the object holds every tensor whole, in one frame each (codec.py). `slices`: whole, in slices
     (slices.py). `delta`: slices that lead from the parent version to this one."""
     object: str
-    """blake3 of the object's bytes, hex; also its name."""
+    """blake3 of the object's bytes, hex; also its name. Of a version with parts: `parts_digest` of them, which names no
+    object."""
     object_size: int
+    """Bytes of all objects."""
     tensors: tuple[TensorEntry, ...]
     canaries: tuple[Canary, ...]
     parent: Parent | None = None
@@ -101,6 +116,13 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     """Kind of slice -> number of slices of this kind in the object; empty for `base`."""
     adapter: Adapter | UnsetType = UNSET
     """What the tensors mean if they are an adapter; absent if they are the whole weights."""
+    parts: tuple[StoredObject, ...] | UnsetType = UNSET
+    """The objects of a version in several, in order; absent if `object` is the only one."""
+
+    @property
+    def objects(self) -> tuple[StoredObject, ...]:
+        """The objects whose bytes, one after another, are those of the version."""
+        return (StoredObject(self.object, self.object_size),) if self.parts is UNSET else self.parts
 
     @property
     def reversible(self) -> bool:
@@ -116,6 +138,10 @@ class SealedManifest(Struct, frozen=True, forbid_unknown_fields=True):
     manifest: msgspec.Raw
 
 
+class _AnySchema(Struct, frozen=True):
+    schema: int
+
+
 class Damaged(Exception):
     """Raised if stored bytes contradict their digest or are incomplete. The error text says which."""
 
@@ -126,6 +152,11 @@ def version_digest(tensors: Iterable[TensorEntry]) -> str:
     for entry in sorted(tensors, key=lambda entry: entry.name):
         hasher.update(msgspec.json.encode((entry.name, entry.dtype, entry.shape, entry.digest)))
     return hasher.hexdigest()
+
+
+def parts_digest(parts: Iterable[StoredObject]) -> str:
+    """Return the digest of a list of objects (blake3, hex)."""
+    return blake3(msgspec.json.encode([(part.digest, part.size) for part in parts])).hexdigest()
 
 
 def seal(manifest: Manifest) -> bytes:
@@ -140,19 +171,40 @@ def unseal(body: bytes) -> Manifest:
         sealed = msgspec.json.decode(body, type=SealedManifest)
         if blake3(bytes(sealed.manifest)).hexdigest() != sealed.seal:
             raise Damaged("the manifest contradicts its seal")
+        _check_schema(msgspec.json.decode(sealed.manifest, type=_AnySchema).schema)  # first: it says which fields exist
         manifest = msgspec.json.decode(sealed.manifest, type=Manifest)
         own_digest = version_digest(manifest.tensors)
     except (msgspec.DecodeError, ValueError, OverflowError, RecursionError) as error:  # also numbers of any length
         raise Damaged(f"not a manifest: {error}") from error
-    if manifest.schema not in SCHEMAS:
-        raise Damaged(
-            f"manifest schema {manifest.schema} is unknown; this release reads schemas 1 to {SCHEMA}: use the release "
-            f"that wrote it"
-        )
     _check_encoding(manifest)
+    _check_parts(manifest)
     if own_digest != manifest.digest:
         raise Damaged(f"version {manifest.version}: its digest is different from the digest of its tensors")
     return manifest
+
+
+def _check_schema(schema: int) -> None:
+    """Raise Damaged for a schema that this release does not read."""
+    if schema not in SCHEMAS:
+        raise Damaged(
+            f"manifest schema {schema} is unknown; this release reads schemas 1 to {SCHEMAS[-1]}: use the release that "
+            f"wrote it"
+        )
+
+
+def _check_parts(manifest: Manifest) -> None:
+    """Raise Damaged if the parts contradict the other fields."""
+    if (manifest.schema == PARTS_SCHEMA) != (manifest.parts is not UNSET):
+        found = "without" if manifest.parts is UNSET else "with"
+        raise Damaged(f"version {manifest.version}: its manifest has schema {manifest.schema} {found} parts")
+    if manifest.parts is UNSET:
+        return
+    if len(manifest.parts) < 2 or any(part.size <= 0 for part in manifest.parts):
+        raise Damaged(f"version {manifest.version}: its parts are fewer than two, or one of them is empty")
+    if sum(part.size for part in manifest.parts) != manifest.object_size:
+        raise Damaged(f"version {manifest.version}: the sizes of its parts are not {manifest.object_size} bytes in sum")
+    if parts_digest(manifest.parts) != manifest.object:
+        raise Damaged(f"version {manifest.version}: its object is different from the digest of its parts")
 
 
 def _check_encoding(manifest: Manifest) -> None:

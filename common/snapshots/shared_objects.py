@@ -1,6 +1,6 @@
 """Downloads that the processes of one machine share: each object is transferred once.
 
-    <folder>/<blake3>        an object
+    <folder>/<blake3>        the bytes of a version: its object, or its parts one after another
     <folder>/lock            held while a process downloads
 
 A process compares the file with its digest before it uses it, and downloads a damaged one again.
@@ -74,7 +74,7 @@ def _verified(path: Path, manifest: Manifest) -> BinaryIO | None:
     except FileNotFoundError:
         return None
     try:
-        Hashed(iter(lambda: file.read(CHUNK), b"")).verify(manifest)
+        Hashed(iter(lambda: file.read(CHUNK), b""), manifest).verify()
     except Damaged:
         file.close()
         return None

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from blake3 import blake3
@@ -25,8 +26,10 @@ def write_archive(stored: StoredVersions, version: int, path: Path) -> str:
         for manifest in reversed(chain):  # the base first: an import adds no delta before its parent
             with stored.user_errors(f"version {manifest.version}"):
                 with stored.object(manifest) as chunks:
-                    body = b"".join(chunks)
-                _add(archive, f"objects/{manifest.object}", body)
+                    body, start = b"".join(chunks), 0
+                for each in manifest.objects:
+                    _add(archive, f"objects/{each.digest}", body[start : start + each.size])
+                    start += each.size
                 _add(archive, f"versions/{manifest.version:08d}.json", stored.sealed(manifest.version))
     return f"{path}: {count(len(chain), 'version')}, digest {chain[0].digest}"
 
@@ -47,7 +50,7 @@ def read_archive(stored: StoredVersions, path: Path) -> str:
                     raise Damaged(f"{member.name} is not a file")
                 folder, _, name = member.name.partition("/")
                 if folder == "objects":
-                    bodies = {name: file.read()}
+                    bodies[name] = file.read()
                     if blake3(bodies[name]).hexdigest() != name:
                         raise Damaged(f"the bytes of object {name[:12]} have another digest")
                     continue
@@ -55,16 +58,17 @@ def read_archive(stored: StoredVersions, path: Path) -> str:
                     raise Damaged(f"{member.name} has {member.size} bytes")
                 sealed = file.read()
                 manifest = unseal(sealed)
-                new = _import(stored, manifest, sealed, bodies.get(manifest.object))
+                new = _import(stored, manifest, sealed, bodies)
+                bodies.clear()
                 added, there = added + new, there + (not new)
     except (OSError, tarfile.TarError, Damaged) as error:
         raise UserError(f"{path} is not a file of `palimpsest store export`: {error}", ExitCode.DAMAGED) from None
     return f"{count(added, 'version')} added, {there} were there"
 
 
-def _import(stored: StoredVersions, manifest: Manifest, sealed: bytes, body: bytes | None) -> bool:
-    if body is None:
-        raise Damaged(f"the object of version {manifest.version} is missing")
+def _import(stored: StoredVersions, manifest: Manifest, sealed: bytes, bodies: Mapping[str, bytes]) -> bool:
+    if missing := [each.digest for each in manifest.objects if each.digest not in bodies]:
+        raise Damaged(f"the object {missing[0][:12]} of version {manifest.version} is missing")
     stored.refuse_other_run(manifest)
     if manifest.version in stored.numbers():
         if stored.manifest(manifest.version).digest != manifest.digest:
@@ -75,7 +79,7 @@ def _import(stored: StoredVersions, manifest: Manifest, sealed: bytes, body: byt
         or stored.manifest(manifest.parent.version).digest != manifest.parent.digest
     ):
         raise Damaged(f"version {manifest.version} is a delta to version {manifest.parent.version}, which is missing")
-    stored.add(manifest, sealed, body)
+    stored.add(manifest, sealed, bodies)
     return True
 
 

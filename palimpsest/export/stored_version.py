@@ -3,14 +3,14 @@
 import asyncio
 import re
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from palimpsest.common.config.schema import RunConfig
-from palimpsest.common.snapshots.frames import Hashed, RawTensor, decode_tensors
+from palimpsest.common.snapshots.frames import Hashed, RawTensor, decode_tensors, joined
 from palimpsest.common.snapshots.manifest import Damaged, Manifest, unseal
 from palimpsest.common.snapshots.raw_file import RawFile
 from palimpsest.common.snapshots.walker import Walker
@@ -91,15 +91,18 @@ class StoredVersions:
     @contextmanager
     def object(self, manifest: Manifest) -> Iterator[Iterator[bytes]]:
         """See VersionSource (common/snapshots/walker.py). Compares the digest at the end of the block."""
-        hashed = Hashed(self._chunks(manifest))
+        hashed = Hashed(self._chunks(manifest), manifest)
         yield hashed.chunks()
-        hashed.verify(manifest)
+        hashed.verify()
+
+    def _object(self, digest: str) -> Iterator[bytes]:
+        stream = self._storage.stream(f"objects/{digest}")
+        while chunk := self._runner.run(_next(stream)):
+            yield chunk
 
     def _chunks(self, manifest: Manifest) -> Iterator[bytes]:
-        stream = self._storage.stream(f"objects/{manifest.object}")
         try:
-            while chunk := self._runner.run(_next(stream)):
-                yield chunk
+            yield from joined(manifest, self._object)
         except KeyError:
             gone = manifest.version not in self.numbers()
             if gone:
@@ -132,14 +135,16 @@ class StoredVersions:
                 f"that run"
             )
 
-    def add(self, manifest: Manifest, sealed: bytes, body: bytes) -> None:
-        """Store a version: its object first. The store's service sees it at its next start."""
+    def add(self, manifest: Manifest, sealed: bytes, bodies: Mapping[str, bytes]) -> None:
+        """Store a version: its objects first. The store's service sees it at its next start. bodies: by digest."""
 
-        async def chunks() -> AsyncIterator[bytes]:
+        async def chunks(body: bytes) -> AsyncIterator[bytes]:
             yield body
 
         with self.user_errors():
-            self._runner.run(self._storage.put(f"objects/{manifest.object}", chunks(), digest=manifest.object))
+            for each in manifest.objects:
+                body = chunks(bodies[each.digest])
+                self._runner.run(self._storage.put(f"objects/{each.digest}", body, digest=each.digest))
             self._runner.run(self._storage.create(f"versions/{manifest.version:08d}.json", sealed))
 
     @contextmanager

@@ -11,6 +11,7 @@ from palimpsest.common.config.proximal import PROXIMAL_KINDS
 from palimpsest.plan.causes import Cause, Memory, Moment
 from palimpsest.plan.rehearsal import PassShape, Rehearsed
 from palimpsest.services.learner.model.logprobs import BLOCK_ENTRIES, BLOCK_ENTRIES_ELSEWHERE
+from palimpsest.services.learner.sharding.tensor_owners import largest_share
 
 FLOAT32, BFLOAT16 = 4, 2
 AVERAGE, BASELINE = "average of the weights, float32", "gradients of the baseline, float32"
@@ -24,12 +25,14 @@ def learner_memory(config: LearnerConfig, rehearsed: Rehearsed, shape: PassShape
     """Return the memory of a rank. gpu: whether the rank runs on a GPU, where more logits are float32 at a time."""
     shares = ranks if config.sharding != "none" else 1
     optimizer, held = _optimizer(rehearsed, shares), _held(config, rehearsed, shares)
+    copies = _copies(rehearsed, shares) if config.sharding != "none" else ()
     moments = tuple(_moments(config, rehearsed, shape, ranks=ranks, shares=shares, gpu=gpu))
     if config.offload == "optimizer":
         host = [cause for cause in held if cause.name in (AVERAGE, BASELINE)]  # where the masters are
         gpu_held = tuple(cause for cause in held if cause not in host)
-        return Memory(gpu_held, moments[:-1], host=(*optimizer, *host, *moments[-1].causes))
-    return Memory((*held[:1], *optimizer, *held[1:]) if config.sharding == "none" else (*optimizer, *held), moments)
+        return Memory(gpu_held, moments[:-1], host=(*optimizer, *host, *moments[-1].causes, *copies))
+    held = [*held[:1], *optimizer, *held[1:]] if config.sharding == "none" else [*optimizer, *held]
+    return Memory(tuple(held), moments, host=copies)
 
 
 def pass_shape(config: LearnerConfig, longest: int, attention: str) -> PassShape:
@@ -55,6 +58,13 @@ def _optimizer(rehearsed: Rehearsed, shares: int) -> list[Cause]:
         Cause("gradients, float32", each, split),
         Cause("moments of AdamW, float32", 2 * each, split),
     ]
+
+
+def _copies(rehearsed: Rehearsed, shares: int) -> tuple[Cause, ...]:
+    """What the rank with most tensors keeps of the newest version and of its parent. Without sharding, rank 0 alone
+    keeps copies."""
+    size = 2 * largest_share(rehearsed.model.published, shares)
+    return (Cause("own tensors of two versions, to encode them", size, ("local.learner_ranks",)),)
 
 
 def _held(config: LearnerConfig, rehearsed: Rehearsed, shares: int) -> list[Cause]:

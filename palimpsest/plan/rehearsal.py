@@ -22,6 +22,7 @@ from palimpsest.common.config.lora import LoraConfig
 from palimpsest.common.model_path import WHOLE, refuse_no_model, sentence
 from palimpsest.common.user_error import UserError
 from palimpsest.plan.live_bytes import LiveBytes
+from palimpsest.plan.published_tensors import published_tensors
 from palimpsest.services.learner.model.logprobs import TokensWithGradient, float32_blocks, head_gradients
 from palimpsest.services.learner.model.lora import add_adapter
 from palimpsest.services.learner.model.output_head import LinearHead, Transform, decoder_of
@@ -102,6 +103,8 @@ class ModelSize:
     """Number of layers."""
     key_bytes: int = 0
     """Keys and values of a token in one layer."""
+    published: tuple[int, ...] = ()
+    """Each tensor of a version; empty for a model with an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +261,7 @@ def _size(model: torch.nn.Module) -> ModelSize:
         outside=sum(p.numel() for p in own) - sum(blocks),
         layers=int(getattr(values, "num_hidden_layers", 0)),
         key_bytes=2 * model_type.itemsize * int(key_heads) * int(head_size),
+        published=published_tensors(model) if len(trained) == len(own) else (),
     )
 
 

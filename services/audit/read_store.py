@@ -9,7 +9,7 @@ import msgspec
 from blake3 import blake3
 
 from palimpsest.common.snapshots.chain import ancestors
-from palimpsest.common.snapshots.manifest import Damaged, Manifest, unseal
+from palimpsest.common.snapshots.manifest import Damaged, Manifest, StoredObject, unseal
 from palimpsest.common.versions import Version
 from palimpsest.services.audit.evidence import AuditedCheckpoint, Finding, Kind, Stored
 from palimpsest.services.learner.checkpointing.manifest import (
@@ -152,9 +152,10 @@ async def read_versions(storage: Storage, *, quick: bool) -> Versions:
     for number, manifest in manifests.items():
         trouble = ""
         if number in needed:
-            if manifest.object not in checked:
-                checked[manifest.object] = await _object_fault(storage, manifest, quick=quick)
-            trouble = checked[manifest.object]
+            for each in manifest.objects:
+                if each.digest not in checked:
+                    checked[each.digest] = await _object_fault(storage, each, quick=quick)
+                trouble = trouble or checked[each.digest]
             if trouble and await storage.size(f"versions/{number:08d}.json") is None:
                 continue  # deleted during the reading
         stored.append(Stored(number, manifest.digest, manifest.writer, manifest.object_size, manifest.object, trouble))
@@ -162,14 +163,14 @@ async def read_versions(storage: Storage, *, quick: bool) -> Versions:
     return read
 
 
-async def _object_fault(storage: Storage, manifest: Manifest, *, quick: bool) -> str:
-    """Return the fault of a version's object; empty if it has none."""
-    key, name = f"objects/{manifest.object}", f"its object {manifest.object[:12]}"
+async def _object_fault(storage: Storage, expected: StoredObject, *, quick: bool) -> str:
+    """Return the fault of an object of a version; empty if it has none."""
+    key, name = f"objects/{expected.digest}", f"its object {expected.digest[:12]}"
     size = await storage.size(key)
     if size is None:
         return f"{name} is not in the store"
-    if size != manifest.object_size:
-        return f"{name} has {size} bytes in place of {manifest.object_size}"
+    if size != expected.size:
+        return f"{name} has {size} bytes in place of {expected.size}"
     if quick:
         return ""
     hasher = blake3()
@@ -179,7 +180,7 @@ async def _object_fault(storage: Storage, manifest: Manifest, *, quick: bool) ->
     except KeyError:
         return f"{name} is not in the store"
     found = hasher.hexdigest()
-    return "" if found == manifest.object else f"the bytes of {name} have the digest {found[:12]}"
+    return "" if found == expected.digest else f"the bytes of {name} have the digest {found[:12]}"
 
 
 def _find_unknown_checkpoints(named: list[Path], committed: list[CheckpointCommit]) -> list[Finding]:

@@ -37,7 +37,7 @@ def body(invocation: Invocation, stop: Stop) -> None:
 
 
 def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
-    """server: of rank 0, the only rank that connects to other services; None on other ranks."""
+    """server: of rank 0, the only rank that uses the log and answers requests; None on other ranks."""
     # imports torch: `--check` and an error in the run file must not wait for it
     import torch
 
@@ -63,7 +63,6 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
         server.doing = "the model to be loaded"
         refuse_tokenizer(config.model.path)
     adapter = own_adapter(config)
-    shards = build_shards(config, ranks) if sharded else None
     kept = config.snapshot_store
     with SnapshotClient(
         config.store_url,
@@ -71,6 +70,7 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
         ca_file=kept.ca_file,
         sleep_without_room=partial(wait_for_room, stop),
     ) as store:
+        shards = build_shards(config, ranks, store) if sharded else None
         policy = shards.policy if shards is not None else build_policy(config, ranks, store, adapter)
         if config.learner.routing_replay != "none":
             refuse_unroutable(policy.model)

@@ -1,7 +1,6 @@
 """Rank 0: builds the objects that connect to other services, and runs the loop."""
 
 from collections.abc import Sequence
-from functools import partial
 
 from palimpsest.common import run_folder
 from palimpsest.common.bus.factory import open_bus
@@ -44,7 +43,8 @@ from palimpsest.services.learner.old_logprobs.routes import route
 from palimpsest.services.learner.old_logprobs.score_store import ScoreStore
 from palimpsest.services.learner.publishing.canaries import Canaries
 from palimpsest.services.learner.publishing.publisher import Publisher
-from palimpsest.services.learner.sharding.published_weights import ShardedCanaries, gather_weights
+from palimpsest.services.learner.sharding.part_messages import MessageOrders
+from palimpsest.services.learner.sharding.published_weights import CollectiveOrders, ShardedCanaries, ShardedWeights
 from palimpsest.services.learner.sharding.shard_files import ShardFiles
 from palimpsest.services.learner.sharding.shared_work import OnAllRanks
 from palimpsest.services.learner.tracking.build import build_tracking
@@ -149,12 +149,15 @@ def _outputs(
     limits = {"trajectories": learner.canary_trajectories, "micro_batch_tokens": learner.micro_batch_tokens}
     canaries: Canaries
     if shards is None:
-        canaries, copied, files = Canaries(model, training.ranks.device, **limits), None, None
+        canaries, weights, files = Canaries(model, training.ranks.device, **limits), None, None
     else:
         on_all_ranks = OnAllRanks(shards)
-        canaries, copied = ShardedCanaries(on_all_ranks, **limits), partial(on_all_ranks, gather_weights)
+        canaries = ShardedCanaries(on_all_ranks, **limits)
+        messages, part = shards.messages, shards.part
+        parts = CollectiveOrders(on_all_ranks) if messages is None else MessageOrders(messages, part)
+        weights = ShardedWeights(on_all_ranks, parts, store, run=config.run.id)
         files = ShardFiles(on_all_ranks, shards.policy)
-    publisher = Publisher(bus, store, writer, model, canaries, run=config.run.id, copied=copied, adapter=adapter)
+    publisher = Publisher(bus, store, writer, model, canaries, run=config.run.id, weights=weights, adapter=adapter)
     report_free_bytes("checkpoints", config.checkpoint_folder)
     checkpoints = Checkpoints(
         config.checkpoint_folder, writer, keep=learner.checkpoint.keep, shards=files, adapter=adapter

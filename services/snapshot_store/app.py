@@ -1,7 +1,7 @@
 """The store over HTTP.
 
 PUT  /v1/versions/{number}      a sealed manifest: 201 new, 200 repeated, 409 other weights or a replaced writer,
-                                424 no object, or a delta to a version that is not there
+                                424 an object is missing, or a delta to a version that is not there
 GET  /v1/versions/{number}
 GET  /v1/versions
 PUT  /v1/leases/{holder}        {"lowest": version}; the lease expires unless it is repeated
@@ -192,12 +192,12 @@ def _versions(app: FastAPI, catalog: Catalog) -> None:
         except UnknownParent as error:
             instruments.REFUSED.labels("parent_missing").inc()
             raise HttpError(424, "parent_missing", str(error)) from None
-        except KeyError:
+        except KeyError as missing:
             instruments.REFUSED.labels("object_missing").inc()
             raise HttpError(
                 424,
                 "object_missing",
-                f"object {manifest.object} is missing or incomplete: send it first",
+                f"object {missing.args[0]} is missing or incomplete: send it first",
                 retryable=True,
             ) from None
         _observe(catalog)

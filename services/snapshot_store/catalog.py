@@ -1,7 +1,7 @@
 """The catalog of the store: its versions, and the leases that hold them.
 
     objects/<blake3>             weights, named by their content
-    versions/<number>.json       a sealed manifest, created once, after its object is stored; rebase.py may replace
+    versions/<number>.json       a sealed manifest, created once, after its objects are stored; rebase.py may replace
                                  it by one of the same weights in full
     leases.json                  holder -> lowest version that it may still need
     pins.json                    see pins.py
@@ -22,7 +22,7 @@ from palimpsest.common.logs import logger
 from palimpsest.common.snapshots.manifest import Damaged, Manifest, Parent, seal, unseal
 from palimpsest.common.versions import Version
 from palimpsest.services.snapshot_store.pins import Pins
-from palimpsest.services.snapshot_store.quota import Holding, Quota, QuotaReached, holdings, reached
+from palimpsest.services.snapshot_store.quota import Holding, Quota, QuotaReached, holdings, object_sizes, reached
 from palimpsest.services.snapshot_store.retention import removable
 from palimpsest.services.snapshot_store.storage import Storage, Unavailable
 from palimpsest.services.snapshot_store.uploads import Uploads
@@ -146,24 +146,25 @@ class Catalog:
 
     def _stored(self) -> dict[str, int]:
         """Object -> bytes, of versions and of uploads that wait for their manifest."""
-        return self._uploads.waiting() | {m.object: m.object_size for m in self._manifests.values()}
+        return self._uploads.waiting() | object_sizes(self._manifests.values())
 
     async def put_version(self, manifest: Manifest, body: bytes) -> bool:
         """Create a version. Return False if the same version exists.
 
-        Raises StaleWriter, UnknownWriter, Conflict, UnknownParent, KeyError (no such object).
+        Raises StaleWriter, UnknownWriter, Conflict, UnknownParent, KeyError (an object that is not stored).
         """
         async with self._changing:  # no sweep and no new writer between the checks and the creation
             try:
                 await self.writers.check(manifest.writer)
             except (StaleWriter, UnknownWriter):
-                self._uploads.forget(manifest.object)  # its manifest is refused
+                self._forget_uploads(manifest)  # its manifest is refused
                 raise
-            if await self._storage.size(f"objects/{manifest.object}") != manifest.object_size:
-                raise KeyError(manifest.object)
+            for each in manifest.objects:
+                if await self._storage.size(f"objects/{each.digest}") != each.size:
+                    raise KeyError(each.digest)
             self._check_parent(manifest)
             new = await self._storage.create(_manifest_key(manifest.version), body)
-            self._uploads.forget(manifest.object)  # only now, because after an error the manifest may exist
+            self._forget_uploads(manifest)  # only now, because after an error the manifest may exist
             if not new:
                 existing = await self._existing(manifest.version)
                 if existing.digest != manifest.digest:
@@ -183,12 +184,17 @@ class Catalog:
         if new.digest != old.digest or new.version != old.version:
             raise ValueError(f"version {old.version}: other weights, digest {new.digest[:16]}")
         async with self._changing:
-            self._uploads.forget(new.object)
+            self._forget_uploads(new)
             if self._manifests.get(old.version) != old:
                 return False
             await self._put_bytes(_manifest_key(old.version), seal(new))
             self._manifests[old.version] = new
             return True
+
+    def _forget_uploads(self, manifest: Manifest) -> None:
+        """Stop waiting for the manifest of its objects."""
+        for each in manifest.objects:
+            self._uploads.forget(each.digest)
 
     def _check_parent(self, manifest: Manifest) -> None:
         """Raise UnknownParent for a delta to a version that the store does not hold, or to other weights."""
@@ -274,7 +280,7 @@ class Catalog:
         for version in sorted(gone, key=self._removal_order):
             await self._storage.delete(_manifest_key(version))
             del self._manifests[version]
-        needed = {f"objects/{m.object}" for m in self._manifests.values()}
+        needed = {f"objects/{digest}" for digest in object_sizes(self._manifests.values())}
         needed |= {f"objects/{digest}" for digest in self._uploads.awaited()}
         for key in await self._storage.keys("objects/"):
             if key not in needed:

@@ -69,6 +69,11 @@ class Quota:
         self._reserved.pop(digest, None)
 
 
+def object_sizes(manifests: Iterable[Manifest]) -> dict[str, int]:
+    """Return the objects of versions and their bytes."""
+    return {each.digest: each.size for manifest in manifests for each in manifest.objects}
+
+
 def holdings(
     manifests: Mapping[Version, Manifest], leases: Mapping[str, Version], pins: Mapping[Version, Collection[str]]
 ) -> list[Holding]:
@@ -134,4 +139,4 @@ def reached(needed: int, used: int, max_bytes: int, held: list[Holding]) -> str:
 
 def _bytes(manifests: Iterable[Manifest]) -> int:
     """Bytes of the objects, each counted once."""
-    return sum({manifest.object: manifest.object_size for manifest in manifests}.values())
+    return sum(object_sizes(manifests).values())

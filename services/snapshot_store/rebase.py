@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from msgspec import UNSET
 from msgspec.structs import replace
 
 from palimpsest.common.logs import logger
@@ -128,15 +129,16 @@ class _StorageSource:
             try:
                 asyncio.run_coroutine_threadsafe(copying, self._loop).result()
             except KeyError:
-                raise VersionMissing(f"version {manifest.version}: its object is missing") from None
+                raise VersionMissing(f"version {manifest.version}: an object is missing") from None
             file.seek(0)
-            Hashed(iter(lambda: file.read(CHUNK), b"")).verify(manifest)
+            Hashed(iter(lambda: file.read(CHUNK), b""), manifest).verify()
             file.seek(0)
             yield iter(lambda: file.read(CHUNK), b"")
 
     async def _copy(self, manifest: Manifest, file: IO[bytes]) -> None:
-        async for piece in self._storage.stream(f"objects/{manifest.object}"):
-            file.write(piece)
+        for each in manifest.objects:
+            async for piece in self._storage.stream(f"objects/{each.digest}"):
+                file.write(piece)
 
 
 def _rebuild(source: _StorageSource, old: Manifest, folder: Path, level: int) -> Manifest:
@@ -156,6 +158,7 @@ def _rebuild(source: _StorageSource, old: Manifest, folder: Path, level: int) ->
         tensors=tuple(encoded.entries),
         parent=None,
         encodings=dict(encoded.kinds),
+        parts=UNSET,
     )
 
 

@@ -95,6 +95,7 @@ def test_checking_a_run_loads_no_heavy_library(service: str) -> None:
                     "build",
                     "load",
                     "local_shards",
+                    "part_messages",
                     "pass_errors",
                     "shard_files",
                     "sharded_model",

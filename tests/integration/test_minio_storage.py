@@ -15,6 +15,7 @@ from blake3 import blake3
 from palimpsest.common.snapshots.client import ClaimMissing, SnapshotClient, VersionMissing
 from palimpsest.common.snapshots.manifest import Damaged
 from palimpsest.common.versions import Version
+from tests.learner_parts.rank_threads import ShardedStore
 from tests.servers.backends import s3_client
 from tests.servers.minio_stores import CANARIES, MEBIBYTE, Process, Store, a_writer, plain, put, some, tamper
 from tests.servers.stored_weights import fetched
@@ -81,6 +82,16 @@ def test_versions_survive_a_restart_bit_for_bit(start_process: Callable[..., Pro
     sent = sum(manifest.object_size for manifest in manifests)
     assert store.metric("sent_bytes_total") == (0 if presign else sent)
     assert store.metric("redirected_reads_total") == (2 if presign else 0)
+
+
+@pytest.mark.parametrize("presign", [True, False])
+def test_a_version_in_parts_is_stored_and_read(serve: Callable[..., Store], presign: bool) -> None:
+    store, weights = serve(presign=presign), some(1, parts=5, size=2 * MEBIBYTE)
+    with SnapshotClient(store.url) as client:
+        manifest = ShardedStore(client, weights).put(0, weights, writer=a_writer(client))
+        assert len(manifest.objects) == 2
+        assert sorted(plain(fetched(client, 0))) == sorted(plain(weights))
+        assert store.objects() == {part.digest: part.size for part in manifest.objects}
 
 
 def test_an_upload_succeeds_although_minio_is_killed_and_restarted(

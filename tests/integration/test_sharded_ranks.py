@@ -111,6 +111,27 @@ def test_a_sharded_shadow_walks_to_the_published_bits(both: Any) -> None:
         assert not all(torch.equal(one, rank["held"][1][name]) for name, one in rank["held"][0].items())
 
 
+def test_two_ranks_store_versions_with_the_digest_of_one(both: Any) -> None:
+    first, second = both["versions"]
+    assert {*first["own"]} | {*second["own"]} == first["sizes"].keys()
+    assert not {*first["own"]} & {*second["own"]}
+    manifests = {version: manifest for version, manifest in first["manifests"].items() if version < 3}
+    assert {version: manifest.digest for version, manifest in manifests.items()} == {
+        version: first["alone"][version] for version in range(3)
+    }
+    assert [len(manifest.parts) for manifest in manifests.values()] == [2, 2, 2]
+    assert [manifest.parent is not None for manifest in manifests.values()] == [False, True, True]
+
+
+def test_each_rank_keeps_its_part_of_a_version_and_nothing_else(both: Any) -> None:
+    total, largest = sum(both["versions"][0]["sizes"].values()), max(both["versions"][0]["sizes"].values())
+    for rank in both["versions"]:
+        own = sum(rank["sizes"][name] for name in rank["own"])
+        assert own <= total / 2 + largest
+        assert rank["held_bytes"] == [own] * 4
+        assert rank["storages"] == {rank["sizes"][name] for name in rank["own"]}, "no view of a larger tensor"
+
+
 def test_all_ranks_refuse_a_version_that_is_damaged_or_lost_for_one_of_them(both: Any) -> None:
     for rank in both["versions"]:
         lost, damaged = rank["errors"]

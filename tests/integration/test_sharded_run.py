@@ -49,11 +49,9 @@ def test_a_sharded_run_survives_a_rank_and_continues_on_one_rank(tmp_path: Path,
     assert len(lines) == 7
     assert all(line["exact"] and line["skipped"] == 0 for line in lines)
 
-    done = subprocess.run(
-        [sys.executable, "-m", "palimpsest", "rescore", str(home)],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=LIMIT_S, check=True,
-    )  # fmt: skip
-    compared = json.loads(done.stdout.splitlines()[-1])
+    shown = lines_of("store", "show", str(home), "4")
+    assert sum(line.startswith("object ") for line in shown) == 2, "a part of each rank"
+    compared = json.loads(lines_of("rescore", str(home))[-1])
     assert compared["versions"] > 1
     assert compared["same_layout_tokens"] > 0
     assert compared["same_layout_unequal"] == 0
@@ -68,15 +66,40 @@ def test_a_run_with_shards_is_not_continued_without_them(tmp_path: Path, startin
     assert 'was written with sharding: continue the run with learner.sharding = "full"' in output
 
 
+def lines_of(*words: str) -> list[str]:
+    """Lines that a command prints. It must succeed."""
+    command = [sys.executable, "-m", "palimpsest", *words]
+    return subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=LIMIT_S, check=True
+    ).stdout.splitlines()
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("place", ["learner.before_shards", "learner.after_shards"])
-def test_a_sharded_run_survives_a_rank_that_dies_at(place: str, tmp_path: Path, starting_model: Path) -> None:
+@pytest.mark.parametrize(
+    ("place", "publishing"),
+    [
+        ("learner.before_shards", "inline"),
+        ("learner.after_shards", "inline"),
+        ("learner.after_storing_object", "inline"),
+        ("learner.after_shards", "background"),
+        ("learner.after_encoding", "background"),
+        ("learner.after_storing_object", "background"),
+        ("learner.before_announcing", "background"),
+    ],
+)
+def test_a_sharded_run_survives_a_rank_that_dies_at(
+    place: str, publishing: str, tmp_path: Path, starting_model: Path
+) -> None:
     toml, home = scripted(tmp_path, starting_model, versions=4), tmp_path / "scripted"
     marker = tmp_path / "it happened"
     fault = {"PALIMPSEST_FAULT": f"{place}:2", "PALIMPSEST_FAULT_ONCE": str(marker)}
-    code, output = RunProcess(toml, "--local.learner_ranks=2", "--learner.sharding=full", environment=fault).finish()
+    keys = ("--local.learner_ranks=2", f"--learner.publishing={publishing}", *KEPT)
+    code, output = RunProcess(toml, *keys, environment=fault).finish()
     assert code == 0, output[-3000:]
     assert marker.exists()
     check_whole_groups(check_ledger(home), groups=4 * 4, samples=4)
     assert len(history(home)) == 4
     assert newest_manifest(home)["shards"]
+    verified = lines_of("store", "verify", str(home))
+    assert verified == [f"version {version}: every digest is right" for version in range(5)]
+    assert json.loads(lines_of("rescore", str(home))[-1])["same_layout_unequal"] == 0

@@ -19,7 +19,6 @@ from palimpsest.services.learner.proximal.surrogates.ewma_prox import EwmaProx
 from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import PpoEwmaAsync
 from palimpsest.services.learner.sharding.load import COMPUTES, ModelFiles
 from palimpsest.services.learner.sharding.local_shards import local_rows
-from palimpsest.services.learner.sharding.published_weights import gather_weights
 from palimpsest.services.learner.sharding.shard_files import write_shards
 from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy, like
 from palimpsest.services.learner.sharding.shared_work import Shards
@@ -27,7 +26,7 @@ from palimpsest.services.learner.training.build import build_training_state
 from palimpsest.services.learner.training.state import TrainingState
 from tests.learner_parts.models import CPU, load
 from tests.processes.shard_on_ranks import OPTIMIZER
-from tests.processes.sharded_versions import Versions
+from tests.processes.sharded_versions import Versions, a_rank, whole_version
 from tests.processes.train_on_ranks import some_rows
 from tests.records.builders import a_learner
 
@@ -73,7 +72,7 @@ def main(model: str, folder: Path, *, writes: bool) -> None:
     files = ModelFiles(model, "eager", init_device_mesh("cpu", (ranks.size,)), ranks.device)
     for number, kind in enumerate(KINDS):
         sharded = ShardedPolicy(files.build(holds=torch.float32, trains=True), OPTIMIZER, ranks)
-        shards, store = Shards(sharded, files, ranks), Versions()
+        shards, store = a_rank(sharded, files, ranks), Versions()
         state = built(kind, sharded, store, ranks, shards)
         place = folder / f"checkpoint {number}"
         saved: dict[str, Any] = {}
@@ -100,7 +99,7 @@ def averaged(
     """Publish three versions to both averages; return the results of the replicated one."""
     alone = TrainablePolicy(load(Path(model)), OPTIMIZER)
     whole = built(kind, alone, store, shards.ranks, None)
-    store.add(Version(0), shards.ranks.broadcast_object(gather_weights(shards)))
+    store.add(Version(0), whole_version(shards))
     for version, share in enumerate(SHARES, start=1):
         for i, (parameter, own, master) in enumerate(
             zip(sharded.parameters, sharded.masters, alone.masters, strict=True)
@@ -114,7 +113,7 @@ def averaged(
             source.published(
                 policy.masters, active_share=share, mean_staleness=1.0, unmasked_share=share, version=Version(version)
             )
-        store.add(Version(version), shards.ranks.broadcast_object(gather_weights(shards)))
+        store.add(Version(version), whole_version(shards))
     average: Any = whole.source
     assert all(parameter.dtype == COMPUTES for parameter in alone.model.parameters())
     return results(whole, alone, [mean.clone() for mean in average.average.means])

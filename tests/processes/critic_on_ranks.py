@@ -32,6 +32,7 @@ from palimpsest.services.learner.training.trainer import Trainer
 from tests.learner_parts.failing_backward import fail_backward
 from tests.learner_parts.models import CPU
 from tests.processes.shard_on_ranks import OPTIMIZER
+from tests.processes.sharded_versions import a_rank
 from tests.processes.train_on_ranks import NOW, some_rows
 from tests.records.builders import a_learner, a_row
 
@@ -86,7 +87,7 @@ def built(
         policy: Any = ShardedPolicy(files.build(holds=torch.float32, trains=True), OPTIMIZER, ranks)
         if case == AGAIN:
             policy.model(checkpoint_activations)
-        shards = Shards(policy, files, ranks)
+        shards = a_rank(policy, files, ranks)
     else:
         policy = TrainablePolicy(load_model(model, CPU, attention, layout=layout), OPTIMIZER)
         if case == AGAIN:

@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from msgspec.structs import replace
@@ -13,18 +13,26 @@ from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.common.snapshots.client import VersionMissing
 from palimpsest.common.snapshots.encoding import encode_version
 from palimpsest.common.snapshots.frames import Hashed, RawTensor
-from palimpsest.common.snapshots.manifest import SCHEMA, Manifest, Parent, version_digest
+from palimpsest.common.snapshots.manifest import SCHEMA, Manifest, Parent, seal, unseal, version_digest
 from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row, pad
 from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.old_logprobs.distributed_scorer import serve_scoring
 from palimpsest.services.learner.publishing.canaries import Canaries, sample
+from palimpsest.services.learner.sharding.build import build_part
 from palimpsest.services.learner.sharding.load import COMPUTES, ModelFiles
-from palimpsest.services.learner.sharding.published_weights import gather_weights, sample_canaries, score_canaries
+from palimpsest.services.learner.sharding.published_weights import (
+    CollectiveOrders,
+    ShardedWeights,
+    copy_part,
+    sample_canaries,
+    score_canaries,
+)
 from palimpsest.services.learner.sharding.shard_files import write_shards
 from palimpsest.services.learner.sharding.sharded_model import whole
 from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy
-from palimpsest.services.learner.sharding.shared_work import Shards
+from palimpsest.services.learner.sharding.shared_work import OnAllRanks, Shards
 from palimpsest.services.learner.sharding.versioned_shards import VersionedShards
 from tests.learner_parts.models import CPU
 
@@ -38,6 +46,23 @@ class Versions:
         self.manifests: dict[Version, Manifest] = {}
         self.objects: dict[str, bytes] = {}
         self.weights: dict[Version, list[RawTensor]] = {}
+        self.compression = 1
+
+    def send_object(self, digest: str, size: int, file: IO[bytes]) -> None:
+        """See SnapshotClient."""
+        file.seek(0)
+        self.objects[digest] = file.read()
+        assert len(self.objects[digest]) == size
+
+    def put_manifest(self, manifest: Manifest) -> None:
+        """See SnapshotClient."""
+        self.manifests[manifest.version] = unseal(seal(manifest))
+
+    def exchange(self, ranks: ProcessGroup) -> None:
+        """Let every rank have what any of them stored."""
+        for each in ranks.all_gather_object(self.objects):
+            self.objects |= each
+        self.manifests = ranks.broadcast_object(self.manifests)
 
     def add(self, version: Version, weights: list[RawTensor]) -> None:
         file, before = io.BytesIO(), Version(version - 1)
@@ -65,17 +90,29 @@ class Versions:
 
     @contextmanager
     def object(self, manifest: Manifest) -> Iterator[Iterator[bytes]]:
-        body = self.objects[manifest.object]
-        Hashed(iter([body])).verify(manifest)
-        yield iter([body])
+        bodies = [self.objects[each.digest] for each in manifest.objects]
+        Hashed(iter(bodies), manifest).verify()
+        yield iter(bodies)
 
 
 def walked(files: ModelFiles, ranks: ProcessGroup) -> dict[str, Any]:
     """Move a sharded shadow over versions. Return what it held, what it had to hold, and the errors."""
     policy = ShardedPolicy(files.build(holds=torch.float32, trains=True), OptimizerConfig(), ranks)
-    shards, store = Shards(policy, files, ranks), Versions()
+    store, held_bytes = Versions(), []
+    shards = a_rank(policy, files, ranks, store)
+    orders = OnAllRanks(shards)
+    publisher = ShardedWeights(orders, CollectiveOrders(orders), store, run="t")  # type: ignore[arg-type]
     for number in range(4):
-        store.add(Version(number), ranks.broadcast_object(gather_weights(shards)))
+        store.weights[Version(number)] = whole_version(shards)
+        shared = {tensor.raw.base.untyped_storage().nbytes() for tensor in shards.part.copied}  # type: ignore[union-attr]
+        if ranks.is_rank0:
+            publisher.copy()
+            publisher.store(Version(number), (), writer=1)
+            ranks.broadcast_object(("enough",))
+        else:
+            assert serve_scoring(ranks, unused, shards) == "enough"
+        held_bytes.append(shards.part.held_bytes)
+        store.exchange(ranks)
         for master in policy.masters:
             master.add_(1e-4 * torch.randn(master.shape, generator=torch.Generator().manual_seed(number)))
     store.damage(DAMAGED)
@@ -94,7 +131,38 @@ def walked(files: ModelFiles, ranks: ProcessGroup) -> dict[str, Any]:
         version: {each.name: torch.from_numpy(each.raw.copy()).view(COMPUTES).reshape(each.shape) for each in weights}
         for version, weights in store.weights.items()
     }
-    return {"held": held, "expected": expected, "errors": errors}
+    return {
+        "held": held,
+        "expected": expected,
+        "errors": errors,
+        "held_bytes": held_bytes,
+        "storages": shared,
+        "sizes": {tensor.name: len(tensor.raw) for tensor in store.weights[Version(0)]},
+        "own": sorted(shards.part.tensors),
+        "manifests": store.manifests,
+        "alone": {version: digest_alone(weights) for version, weights in store.weights.items()},
+    }
+
+
+def digest_alone(weights: list[RawTensor]) -> str:
+    """The digest of a version that one process stores."""
+    return version_digest(encode_version(weights, None, io.BytesIO(), level=1, threads=1).entries)
+
+
+def unused(_batch: Any) -> Any:
+    """Score nothing: no rank orders it."""
+    raise NotImplementedError
+
+
+def a_rank(policy: ShardedPolicy, files: ModelFiles, ranks: ProcessGroup, store: Any = None) -> Shards:
+    """A rank's shards of a policy. store: gets the versions."""
+    return Shards(policy, files, ranks, build_part(policy.model, files, ranks, store))
+
+
+def whole_version(shards: Shards) -> list[RawTensor]:
+    """All tensors of the version that the ranks would store now."""
+    copy_part(shards)
+    return [tensor for own in shards.ranks.all_gather_object(shards.part.copied) for tensor in own]
 
 
 def continued(files: ModelFiles, ranks: ProcessGroup, folder: Path) -> dict[str, Any]:
@@ -109,7 +177,7 @@ def continued(files: ModelFiles, ranks: ProcessGroup, folder: Path) -> dict[str,
     for gradient in before.gradients():
         gradient.fill_(1e-3)
     before.step()
-    written = write_shards(Shards(before, files, ranks), folder)
+    written = write_shards(a_rank(before, files, ranks), folder)
     if ranks.is_rank0:
         after.source = folder
         after.restore({}, before.steps)
@@ -119,9 +187,8 @@ def continued(files: ModelFiles, ranks: ProcessGroup, folder: Path) -> dict[str,
 
 def canaries(files: ModelFiles, ranks: ProcessGroup, model: torch.nn.Module, rows: list[Row]) -> dict[str, Any]:
     """Log-probs of canaries and the model's samples, by all ranks and by `model`, which has the same weights."""
-    shards = Shards(
-        ShardedPolicy(files.build(holds=torch.float32, trains=True), OptimizerConfig(), ranks), files, ranks
-    )
+    policy = ShardedPolicy(files.build(holds=torch.float32, trains=True), OptimizerConfig(), ranks)
+    shards = a_rank(policy, files, ranks)
     alone = Canaries(model, ranks.device, trajectories=1, micro_batch_tokens=4096)
     batches = [pad([row]) for row in rows[:3]]
     return {

@@ -2,8 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 
@@ -12,13 +11,12 @@ from palimpsest.common.bus.port import Bus, Outgoing
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import CONTROL, ControlChanged, RunFinished, VersionPublished, encode
 from palimpsest.common.snapshots.adapter import Adapter
-from palimpsest.common.snapshots.chain import ChainCost
-from palimpsest.common.snapshots.client import ParentMissing, ParentWeights, RawTensor, SnapshotClient
-from palimpsest.common.snapshots.manifest import Canary, Manifest, Parent
+from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.snapshots.manifest import Canary, Manifest
 from palimpsest.common.snapshots.writer import Writer
 from palimpsest.common.versions import Version
-from palimpsest.services.learner.model.weights import named_weights, raw_tensors
 from palimpsest.services.learner.publishing.canaries import Canaries
+from palimpsest.services.learner.publishing.version_weights import VersionWeights, WholeWeights
 
 LEASE = "learner"
 RENEW_S = 3600.0
@@ -27,9 +25,8 @@ RENEW_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class PreparedVersion:
-    """Copies of what a version consists of: later changes of the model do not change them."""
+    """A version whose weights are copied: later changes of the model do not change it."""
 
-    weights: list[RawTensor]
     canaries: tuple[Canary, ...]
 
 
@@ -46,32 +43,30 @@ class Publisher:
         *,
         run: str,
         clock: Callable[[], float] = time.monotonic,
-        copied: Callable[[], list[RawTensor]] | None = None,
+        weights: VersionWeights | None = None,
         adapter: Adapter | None = None,
     ) -> None:
-        """copied: returns a copy of the weights in host memory; None: of the model's. adapter: what these weights are;
-        None: whole weights."""
-        self._copied = copied or partial(_copied, model)
+        """weights: None: those of the model. adapter: what the model's are; None: whole weights."""
+        self._weights = weights or WholeWeights(store, model, run=run, adapter=adapter)
         self._clock, self._leased = clock, (Version(0), clock())
         self._bus, self._store, self._writer, self._run = bus, store, writer, run
-        self._adapter = adapter
         self.canaries = canaries
-        self._parent: ParentWeights | None = None
-        """The version stored last, with a copy of its weights; None at the start: the first version has no parent."""
 
     def prepare(self) -> PreparedVersion:
         """Copy the model's weights, and score the canaries with them. Only the loop's thread may call it."""
-        return PreparedVersion(self._copied(), self.canaries.made())
+        self._weights.copy()
+        return PreparedVersion(self.canaries.made())
 
     def publish(self, version: Version, *, now: float, prepared: PreparedVersion | None = None) -> Manifest:
         """Store the weights, then announce the version. now: Unix time in seconds; prepared: None: the present weights.
 
-        Another thread may call it with what the loop's thread has prepared, one version after the other.
+        Another thread may call it for the version that the loop's thread has prepared last.
 
         If storing fails, the version is not announced. Raises Fenced if another learner has the run; then the version
         is not announced either.
         """
-        manifest = self._store_version(version, prepared or self.prepare())
+        canaries = (prepared or self.prepare()).canaries
+        manifest = self._weights.store(version, canaries, writer=self._writer.epoch)
         failpoints.reach("learner.before_announcing")
         self._writer.confirm()  # a successor has announced the version that it continues from
         announcement = VersionPublished(
@@ -84,22 +79,6 @@ class Publisher:
             digest=manifest.digest[:16],
             bytes=manifest.object_size,
             encoding=manifest.encoding,
-        )
-        return manifest
-
-    def _store_version(self, version: Version, prepared: PreparedVersion) -> Manifest:
-        """Store the weights, as a delta to the version that this publisher stored before if that costs less."""
-        weights, canaries, parent = prepared.weights, prepared.canaries, self._parent
-        put = partial(self._store.put, self._run, version, weights, canaries, adapter=self._adapter)
-        try:
-            manifest = put(writer=self._writer.epoch, parent=parent)
-        except ParentMissing as error:
-            logger().warning("stored in full", version=version, reason=str(error))
-            parent = None
-            manifest = put(writer=self._writer.epoch)
-        before = parent.cost if parent is not None else ChainCost(manifest.object_size)
-        self._parent = ParentWeights(
-            Parent(version, manifest.digest), {tensor.name: tensor.raw for tensor in weights}, before.after(manifest)
         )
         return manifest
 
@@ -134,7 +113,3 @@ class Publisher:
         self._writer.confirm()
         end = RunFinished(run=self._run, version=version, writer=self._writer.epoch, versions=trained)
         self._bus.publish(CONTROL, [Outgoing(self._run, encode(end))])
-
-
-def _copied(model: torch.nn.Module) -> list[RawTensor]:
-    return [replace(tensor, raw=tensor.raw.copy()) for tensor in raw_tensors(named_weights(model))]

@@ -7,7 +7,7 @@ first optimizer step. Until then nothing that others read may name the version (
 With a checkpoint for every version, the same thread commits the checkpoint first, so that no batch of an announced
 version is trained again. The weights and moments stay as they are until the step, so it needs no copy of them. Rarer
 checkpoints have a thread of their own, which writes a copy of the state: they delay neither steps nor versions, and at
-most one is in writing.
+most one is in writing. All ranks write the shards of a checkpoint: then the loop's thread does it, before the version.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,8 @@ class Publishing:
 
     background: write in a thread. phases: of the loop; `publish_wait` is the wait for a thread. announced: called with
     each announced version and its digest. needed: returns the lowest version that the store must keep for a run that
-    continues from this version; a thread may call it.
+    continues from this version; a thread may call it. checkpoints_inline: the loop's thread writes checkpoints, also
+    with `background`, because all ranks take part in them.
     """
 
     def __init__(
@@ -63,9 +64,11 @@ class Publishing:
         background: bool,
         announced: Callable[[Version, str], None],
         needed: Callable[[Version], Version],
+        checkpoints_inline: bool = False,
     ) -> None:
         self._publisher, self._checkpoints, self._phases = publisher, checkpoints, phases
         self._in_background, self._announced, self._needed = background, announced, needed
+        self._checkpoints_inline = checkpoints_inline
         self._versions: Background[Manifest] = Background("publishing")
         self._saves: Background[bool] = Background("checkpoint")
         self.digest = ""
@@ -89,6 +92,10 @@ class Publishing:
         background. Inline, raises what Checkpoints.save and Publisher.publish raise; else `look` does.
         """
         if self._in_background:
+            if checkpoint is not None and self._checkpoints_inline:
+                with self._phases.of("checkpoint"):
+                    self.save(checkpoint)
+                checkpoint = None
             if checkpoint is not None and (self._saves.busy or not durable):
                 with self._phases.of("checkpoint"):
                     self._finish_checkpoint()

@@ -7,16 +7,24 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.snapshots.encoding import THREADS
 from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.model.checkpoint_names import part_views
 from palimpsest.services.learner.model.policy import checkpoint_activations
-from palimpsest.services.learner.sharding.load import ModelFiles
+from palimpsest.services.learner.sharding.load import COMPUTES, ModelFiles
+from palimpsest.services.learner.sharding.part_messages import PartServer, open_messages
+from palimpsest.services.learner.sharding.sharded_model import ShardedModel
 from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy
 from palimpsest.services.learner.sharding.shared_work import Shards
+from palimpsest.services.learner.sharding.tensor_owners import tensor_owners
+from palimpsest.services.learner.sharding.version_part import VersionPart
 
 
-def build_shards(config: RunConfig, ranks: ProcessGroup) -> Shards:
-    """Return this rank's shards of the starting model. All ranks must call it. Raises UserError."""
+def build_shards(config: RunConfig, ranks: ProcessGroup, store: SnapshotClient) -> Shards:
+    """Return this rank's shards of the starting model. All ranks must call it. store: gets the versions. Raises
+    UserError."""
     learner = config.learner
     files = ModelFiles(
         config.model.path,
@@ -31,7 +39,23 @@ def build_shards(config: RunConfig, ranks: ProcessGroup) -> Shards:
     if learner.activation_checkpointing:
         again = partial(checkpoint_activations, every=learner.activation_checkpointing_every)
         model(again)  # inside the root's call its passes can read all weights
-    return Shards(ShardedPolicy(model, learner.optimizer, ranks), files, ranks)
+    part = build_part(model, files, ranks, store)
+    messages = open_messages(ranks) if learner.publishing == "background" else None
+    server = PartServer(messages, part) if messages is not None and not ranks.is_rank0 else None
+    return Shards(ShardedPolicy(model, learner.optimizer, ranks), files, ranks, part, messages, server)
+
+
+def build_part(model: ShardedModel, files: ModelFiles, ranks: ProcessGroup, store: SnapshotClient) -> VersionPart:
+    """Return what this rank stores of each version. files: that built the model."""
+    sizes: dict[str, int] = {}
+    for own, parameter in model.shards():
+        empty = torch.empty(parameter.shape, dtype=COMPUTES, device="meta")
+        sizes |= {name: part.numel() * part.element_size() for name, part in part_views(files.names[own], empty)}
+    owners = tensor_owners(sizes, ranks.size)
+    of_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return VersionPart(
+        store, [name for name in sizes if owners[name] == ranks.rank], threads=max(1, THREADS // of_node)
+    )
 
 
 def _mesh(sharding: str, ranks: ProcessGroup) -> DeviceMesh:

@@ -10,7 +10,9 @@ from typing import TypeVar
 
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.sharding.load import ModelFiles
+from palimpsest.services.learner.sharding.part_messages import PartMessages, PartServer
 from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy
+from palimpsest.services.learner.sharding.version_part import VersionPart
 
 T = TypeVar("T")
 
@@ -22,6 +24,12 @@ class Shards:
     policy: ShardedPolicy
     files: ModelFiles
     ranks: ProcessGroup
+    part: VersionPart
+    """What this rank stores of each version."""
+    messages: PartMessages | None = None
+    """Between the threads that store versions; None if the loops' threads store them."""
+    server: PartServer | None = None
+    """The thread of a rank other than 0 that stores its part; None if there is none."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -45,6 +45,8 @@ def run_follower(
         if order.settings is not None:
             trainer.configure(order.settings)
         ranks.gather_shares(trainer.train(order.minibatches, order.version, before_first_step=cut))
+    if shards is not None and shards.server is not None:
+        shards.server.close()
 
 
 def broadcast_state(policy: TrainablePolicy, state: TrainingState, ranks: ProcessGroup) -> None:

@@ -327,7 +327,6 @@ def test_a_starting_adapter_needs_a_rank(run: Path) -> None:
     ("flag", "reason"),
     [
         ("vcpo.baseline=true", "vcpo.baseline takes the gradient of each trajectory"),
-        ("publishing=background", 'publishing = "background" copies a whole model in one process'),
         ("lora.rank=8", "lora.rank = 8 needs the whole base model on each rank"),
     ],
 )

@@ -12,7 +12,9 @@ from palimpsest.common.snapshots.manifest import (
     Damaged,
     Manifest,
     Parent,
+    StoredObject,
     TensorEntry,
+    parts_digest,
     seal,
     unseal,
     version_digest,
@@ -90,9 +92,12 @@ def test_a_manifest_with_a_digest_of_other_tensors_is_refused() -> None:
 
 def test_a_later_schema_is_refused_with_the_release_to_use() -> None:
     with pytest.raises(
-        Damaged, match=r"manifest schema 3 is unknown; this release reads schemas 1 to 2: use the release that wrote it"
+        Damaged, match=r"manifest schema 4 is unknown; this release reads schemas 1 to 3: use the release that wrote it"
     ):
-        unseal(seal(a_manifest(A, schema=3)))
+        unseal(seal(a_manifest(A, schema=4)))
+    text = msgspec.json.encode({**msgspec.to_builtins(a_manifest(A, schema=4)), "surprise": 1})
+    with pytest.raises(Damaged, match="manifest schema 4 is unknown"):
+        unseal(b'{"seal":"' + blake3(text).hexdigest().encode() + b'","manifest":' + text + b"}")
 
 
 def test_a_manifest_of_schema_1_is_read() -> None:
@@ -119,6 +124,42 @@ def test_fields_about_the_encoding_that_contradict_each_other_are_refused(
 ) -> None:
     with pytest.raises(Damaged, match=message):
         unseal(seal(a_manifest(A, **fields)))  # type: ignore[arg-type]
+
+
+PARTS = (StoredObject("a" * 64, 20), StoredObject("b" * 64, 13))
+
+
+def in_parts(*parts: StoredObject, **fields: object) -> Manifest:
+    return a_manifest(A, B, **{"schema": 3, "parts": parts, "object": parts_digest(parts), **fields})  # type: ignore[arg-type]
+
+
+def test_a_version_in_parts_reads_back_equal_and_names_its_objects() -> None:
+    manifest = in_parts(*PARTS)
+    assert unseal(seal(manifest)) == manifest
+    assert manifest.objects == PARTS
+    assert a_manifest(A).objects == (StoredObject(blake3(b"object").hexdigest(), 33),)
+
+
+def test_a_version_in_one_object_is_written_as_before() -> None:
+    """Earlier releases read it: no field and no schema is new."""
+    assert b'"parts"' not in seal(a_manifest(A))
+    assert b'"schema":2' in seal(a_manifest(A))
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        (a_manifest(A, schema=3), "schema 3 without parts"),
+        (in_parts(*PARTS, schema=2), "schema 2 with parts"),
+        (in_parts(StoredObject("a" * 64, 33)), "fewer than two"),
+        (in_parts(StoredObject("a" * 64, 33), StoredObject("b" * 64, 0)), "one of them is empty"),
+        (in_parts(*PARTS, object_size=34), "the sizes of its parts are not 34 bytes in sum"),
+        (in_parts(*PARTS, object=parts_digest(PARTS[::-1])), "its object is different from the digest of its parts"),
+    ],
+)
+def test_parts_that_contradict_the_other_fields_are_refused(manifest: Manifest, message: str) -> None:
+    with pytest.raises(Damaged, match=message):
+        unseal(seal(manifest))
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"[]", b"null", b'{"seal":"","manifest":{},"more":1}', b"\xff\xfe"])

@@ -79,7 +79,7 @@ class Versions:
         self.served += 1
         body = self.objects[manifest.object]
         if self.verified:
-            Hashed(iter([body])).verify(manifest)
+            Hashed(iter([body]), manifest).verify()
         yield iter([body])
 
 

@@ -15,6 +15,7 @@ from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.snapshot_store.app import create_app
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
+from tests.learner_parts.rank_threads import ShardedStore
 from tests.records.stored_runs import a_run
 
 
@@ -24,15 +25,15 @@ def weights(version: int) -> np.ndarray:
     return raw
 
 
-@pytest.fixture
-def home(tmp_path: Path, starting_model: Path) -> Path:
-    """A run with versions 0 to 2, of which 1 and 2 are deltas."""
+@pytest.fixture(params=["one object", "parts"])
+def home(tmp_path: Path, starting_model: Path, request: pytest.FixtureRequest) -> Path:
+    """A run with versions 0 to 2, of which 1 and 2 are deltas, stored by one rank or by two."""
     home = a_run(tmp_path / "first", starting_model)
-    fill(home, 3)
+    fill(home, 3, in_parts=request.param == "parts")
     return home
 
 
-def fill(home: Path, versions: int) -> None:
+def fill(home: Path, versions: int, *, in_parts: bool = False) -> None:
     with (
         Server(
             create_app(DiskStorage(home / "snapshots"), sweep_s=3600), "127.0.0.1", 0, key="snapshot_store"
@@ -40,9 +41,15 @@ def fill(home: Path, versions: int) -> None:
         SnapshotClient(f"http://127.0.0.1:{server.port}") as client,
     ):
         Writer(client).begin()
-        parent = None
+        parent, ranks = None, None
         for version in range(versions):
             raw = weights(version)
+            if in_parts:
+                tensors = [RawTensor(name, "bfloat16", (2000,), raw) for name in ("w", "v")]
+                ranks = ranks or ShardedStore(client, tensors, run=home.name)
+                manifest = ranks.put(version, tensors)
+                assert len(manifest.objects) == 2
+                continue
             manifest = client.put(
                 home.name, Version(version), [RawTensor("w", "bfloat16", (2000,), raw)], [], writer=1, parent=parent
             )
@@ -65,6 +72,9 @@ def test_versions_are_listed_and_shown(home: Path, capsys: pytest.CaptureFixture
     shown = lines(capsys, "show", home, 2)
     assert any(line.startswith("chain    2 <- 1 <- 0: ") for line in shown)
     assert any(line.startswith("  w  bfloat16 [2000]  ") for line in shown)
+    objects = {line.split()[1].rstrip(",") for line in shown if line.startswith("object ")}
+    assert objects <= {path.name for path in (home / "snapshots" / "objects").iterdir()}
+    assert objects
 
 
 def test_a_flipped_bit_in_any_object_damages_the_versions_that_need_it(

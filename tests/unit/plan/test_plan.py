@@ -231,8 +231,9 @@ def test_an_offloaded_optimizer_is_in_the_hosts_memory(sharding: str, run_file: 
         json.loads(run_command([*words, f"--learner.offload={where}"])[0])["learner"] for where in ("none", "optimizer")
     )
     moved = {"masters, float32", "gradients, float32", "moments of AdamW, float32"}
-    assert usual["host"] == {}
-    assert moved < set(offloaded["host"])
+    copies = {"own tensors of two versions, to encode them": 4 * (512 * 64 + 2 * 64)} if sharding == "full" else {}
+    assert usual["host"] == copies
+    assert moved | set(copies) < set(offloaded["host"])
     assert {name: usual["held"][name] for name in moved} == {name: offloaded["host"][name] for name in moved}
     assert set(offloaded["held"]) == set(usual["held"]) - moved
     assert "optimizer step" not in offloaded["moments"]

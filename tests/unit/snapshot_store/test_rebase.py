@@ -5,11 +5,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
+from msgspec.structs import replace
 
 from palimpsest.common.snapshots.chain import ChainCost
 from palimpsest.common.snapshots.encoding import encode_version
 from palimpsest.common.snapshots.frames import RawTensor, decode_tensors
-from palimpsest.common.snapshots.manifest import SCHEMA, Manifest, Parent, seal, unseal, version_digest
+from palimpsest.common.snapshots.manifest import (
+    PARTS_SCHEMA,
+    SCHEMA,
+    Manifest,
+    Parent,
+    StoredObject,
+    parts_digest,
+    seal,
+    unseal,
+    version_digest,
+)
 from palimpsest.common.versions import Version
 from palimpsest.services.snapshot_store import rebase
 from palimpsest.services.snapshot_store.catalog import Catalog
@@ -80,6 +92,32 @@ async def test_a_chain_near_the_limit_is_replaced_by_a_base_of_the_same_weights(
     assert again.versions.keys() == {8}
     assert again.versions[Version(8)].digest == digest
     assert again.pins.all().keys() == {8}
+
+
+async def test_a_delta_in_parts_is_replaced_by_one_object(tmp_path: Path) -> None:
+    catalog, weights = await a_chain(tmp_path, LIMIT, length=8)
+    after, file, newest = weights[-1].copy(), io.BytesIO(), catalog.versions[Version(7)]
+    after.view(np.uint16)[::2] += np.random.default_rng(9).integers(1, 1000, NUMBERS // 2, dtype=np.uint16)
+    tensor = RawTensor("w", "bfloat16", (NUMBERS,), after)
+    encoded = encode_version([tensor], {"w": weights[-1]}, file, level=3, threads=1)
+    halves = [file.getvalue()[: encoded.size // 2], file.getvalue()[encoded.size // 2 :]]
+    parts = tuple(StoredObject(blake3(half).hexdigest(), len(half)) for half in halves)
+    manifest = replace(
+        encoded.manifest("t", Version(8), (), writer=1, parent=Parent(newest.version, newest.digest), adapter=None),
+        schema=PARTS_SCHEMA, parts=parts, object=parts_digest(parts),
+    )  # fmt: skip
+    for each, body in zip(parts, halves, strict=True):
+        await catalog.put_object(each.digest, chunks(body), size=each.size)
+    await catalog.put_version(manifest, seal(manifest))
+    await catalog.unpin(Version(7), "best")
+    await catalog.pin(Version(8), "best", seconds=None)
+    await catalog.lease("learner", Version(8))
+    assert await Rebaser(catalog, DiskStorage(tmp_path, tidy=False), level=3).relieve() == 8
+    (kept,) = catalog.versions[Version(8)].objects
+    assert await catalog.sweep() == list(range(8))
+    assert objects(tmp_path) == {kept.digest}
+    assert (await read(catalog, 8) == after).all()
+    assert catalog.versions[Version(8)].digest == manifest.digest
 
 
 async def test_a_delta_to_the_replaced_version_is_still_accepted(tmp_path: Path) -> None:

@@ -53,13 +53,14 @@ class Scribe:
         self.notes.append(what)
 
 
-def publishing(scribe: Any, *, background: bool) -> Publishing:
+def publishing(scribe: Any, *, background: bool, checkpoints_inline: bool = False) -> Publishing:
     def announced(version: Version, digest: str) -> None:
         scribe.notes.append(f"announced {version}")
 
     return Publishing(
-        scribe, scribe, PhaseTimer(), background=background, announced=announced, needed=lambda kept: Version(kept - 2)
-    )
+        scribe, scribe, PhaseTimer(), background=background, announced=announced,
+        needed=lambda kept: Version(kept - 2), checkpoints_inline=checkpoints_inline,
+    )  # fmt: skip
 
 
 STATE: Any = Checkpoint("of 7", {})  # type: ignore[arg-type]
@@ -114,6 +115,17 @@ def test_a_checkpoint_that_versions_do_not_wait_for_holds_the_state_of_its_versi
     ours.finish()
     ours.save(Checkpoint(STATE.progress, {"w": state}))  # waits for the one in writing
     assert [each["w"].tolist() for each in scribe.saved] == [[0.0] * 3, [1.0] * 3]
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_the_loop_writes_a_checkpoint_of_all_ranks_before_the_thread_begins(durable: bool) -> None:
+    scribe = Scribe()
+    ours = publishing(scribe, background=True, checkpoints_inline=True)
+    ours.publish(Version(7), STATE, now=3.0, durable=durable)
+    assert (scribe.notes, ours.pending) == (["checkpoint of 7"], True)  # a thread may write nothing yet
+    scribe.go.set()
+    ours.finish()
+    assert (scribe.notes, scribe.inline) == (WRITTEN, False)
 
 
 def test_a_checkpoint_that_fails_in_its_thread_ends_the_learner() -> None:
