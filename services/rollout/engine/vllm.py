@@ -17,13 +17,7 @@ from palimpsest.common.time_limits import limit_s
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.rollout.engine import amx, crash_report, vllm_lora
 from palimpsest.services.rollout.engine.logits_processors import refuse_logits_processors
-from palimpsest.services.rollout.engine.port import (
-    EngineDead,
-    EngineFailed,
-    SampledTokens,
-    StoredWeights,
-    WrongWeights,
-)
+from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, SampledTokens, StoredWeights, WrongWeights
 from palimpsest.services.rollout.engine.process_monitor import EngineMonitor
 from palimpsest.services.rollout.engine.vllm_outputs import refuse_routes_of_cpu, to_sampled_tokens
 from palimpsest.services.rollout.engine.vllm_weight_transfer import NAME, WRONG_WEIGHTS
