@@ -18,6 +18,7 @@ from palimpsest.common.environments.authoring.state_hash import hash_of
 from palimpsest.common.environments.port import Environment, Message, Opening, Outcome, Reply, Score, Turn
 from palimpsest.services.env_gateway.adapters.adapter import AdapterEnvironment, AdapterUnusable, function_schema
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
+from palimpsest.services.env_gateway.proxy.client import proxy_variables
 
 START_S = 30.0
 """Time limit for the connection to a server, in seconds."""
@@ -100,7 +101,7 @@ class McpTools(AdapterEnvironment):
             token = os.environ.get(self.settings.token_variable, "") if self.settings.token_variable else ""
             return partial(_over_http, self.settings.url, token) if token else self.settings.url
         command, *arguments = self.settings.command
-        return mcp.StdioServerParameters(command=command, args=arguments)
+        return mcp.StdioServerParameters(command=command, args=arguments, env=proxy_variables())
 
 
 class McpConnection:

@@ -15,6 +15,7 @@ import os
 import resource
 import socket
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from palimpsest.common.sessions.wire import Wire
 
 USERS = 1000
 """Number of user ids from `user` on; sessions take them in turn."""
+MOST_LIKELY = "1000"
+"""Score with which the kernel ends a session before the gateway and other services if memory runs out."""
 _PR_SET_NO_NEW_PRIVS = 38
 _NEW_USER, _NEW_NET = 0x10000000, 0x40000000
 _SET_FLAGS, _UP = 0x8914, 0x1
@@ -83,6 +86,8 @@ def confine(limits: ChildLimits, *, network: bool, number: int) -> None:
 
     network: whether it may use the network. number: of the session, from which its user id follows.
     """
+    with suppress(OSError):  # where /proc is read-only
+        Path("/proc/self/oom_score_adj").write_text(MOST_LIKELY)
     if limits.isolate:
         _enter_namespaces(network=network)
     if limits.user is not None:

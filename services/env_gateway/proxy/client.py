@@ -5,6 +5,7 @@ import socket
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 _GIVEN = b"listening"
+_variables: dict[str, str] = {}
 
 
 def use_proxy(handover: socket.socket) -> None:
@@ -12,10 +13,15 @@ def use_proxy(handover: socket.socket) -> None:
     with handover, socket.create_server(("127.0.0.1", 0)) as listening:
         socket.send_fds(handover, [_GIVEN], [listening.fileno()])
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    for name in PROXIES:
-        os.environ[name] = os.environ[name.upper()] = url
+    _variables.update({spelled: url for name in PROXIES for spelled in (name, name.upper())})
+    os.environ.update(_variables)
     for name in ("no_proxy", "NO_PROXY"):
         os.environ.pop(name, None)
+
+
+def proxy_variables() -> dict[str, str]:
+    """Return the variables that name the proxy, for programs that inherit none; empty without a proxy."""
+    return dict(_variables)
 
 
 def received(handover: socket.socket) -> socket.socket:

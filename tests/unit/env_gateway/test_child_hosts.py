@@ -14,12 +14,14 @@ from palimpsest.common.config.env_gateway import AdapterConfig, EnvGatewayConfig
 from palimpsest.common.environments.port import Reply, Turn
 from palimpsest.common.user_error import UserError
 from palimpsest.services.env_gateway import child_limits as the_limits
+from palimpsest.services.env_gateway.adapters.mcp_tools import McpTools
 from palimpsest.services.env_gateway.host_lists import permissions
 from palimpsest.services.env_gateway.instruments import HOSTS_REFUSED
 from palimpsest.services.env_gateway.processes.child_host import InChild
 from palimpsest.services.env_gateway.processes.confinement import Available, ChildLimits
 from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
+from palimpsest.services.env_gateway.proxy import client
 from palimpsest.services.env_gateway.proxy.addresses import PermittedHosts
 
 FOLDER = Path(__file__).parent / "plugins"
@@ -113,6 +115,15 @@ async def test_a_session_reaches_the_hosts_of_its_list_and_no_url_widens_it(monk
     ]
     assert (without, network) == ("[Errno 111] Connection refused", "connected")
     assert refused() - before == 5
+
+
+def test_the_server_of_an_mcp_adapter_gets_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package passes no variables of the process on."""
+    config = AdapterConfig(kind="mcp", command=("server", "--fast"), tasks="m:C")
+    assert McpTools(config.model_dump_json())._target().env == {}
+    monkeypatch.setitem(client._variables, "https_proxy", "http://127.0.0.1:1")
+    target = McpTools(config.model_dump_json())._target()
+    assert (target.command, target.args, target.env) == ("server", ["--fast"], {"https_proxy": "http://127.0.0.1:1"})
 
 
 def test_the_lists_become_permissions_of_environments() -> None:

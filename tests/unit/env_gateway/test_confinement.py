@@ -75,7 +75,9 @@ async def test_hostile_environments_meet_their_limits_and_leave_the_others_alone
     monkeypatch.syspath_prepend(str(FOLDER))
     port, file = target
     texts = {"TakesMemory": "", "OpensFiles": "", "FillsTheDisk": str(file), "Hangs": "", "Floods": "", "Lies": ""}
+    texts["ReadsItsScore"] = ""
     expected = {
+        "ReadsItsScore": "1000",
         "TakesMemory": "environment_raised",
         "FillsTheDisk": f"{8 * 2**20} File too large",
         "Hangs": "environment_timeout",
@@ -107,6 +109,9 @@ async def test_an_environment_that_may_use_the_network_has_it(
 ) -> None:
     """So the test above notices if the limits are switched off."""
     monkeypatch.syspath_prepend(str(FOLDER))
+    own = Path("/proc/self/oom_score_adj").read_text().strip()
+    expected = {"ReadsItsScore": "1000" if limits else own}
+    assert await attacks(limits, {"ReadsItsScore": ""}, network=True) == expected
     assert await attacks(limits, {"Connects": str(target[0])}, network=True) == {"Connects": "connected"}
 
 

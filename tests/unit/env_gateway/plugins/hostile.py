@@ -68,6 +68,11 @@ class ForkBomb(Quiet):
             made += 1
 
 
+class ReadsItsScore(Quiet):
+    def attack(self, text: str) -> str:
+        return Path("/proc/self/oom_score_adj").read_text().strip()
+
+
 class OpensFiles(Quiet):
     def attack(self, text: str) -> str:
         opened = []
