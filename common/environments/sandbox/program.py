@@ -7,6 +7,7 @@ raises only if the sandbox itself fails, so that the session ends without a rewa
 
 import json
 import os
+import resource
 import selectors
 import signal
 import subprocess
@@ -107,7 +108,12 @@ def run_program(source: str, limits: ProgramLimits = DEFAULT_LIMITS) -> ProgramR
 
 
 def _rlimits(limits: ProgramLimits) -> dict[str, int]:
-    return {"RLIMIT_AS": limits.memory_mib * MIB, "RLIMIT_NPROC": limits.processes, "RLIMIT_CORE": 0}
+    """Return name and value of each limit: at most that of this process, which a program cannot raise."""
+    wanted = {"RLIMIT_AS": limits.memory_mib * MIB, "RLIMIT_NPROC": limits.processes, "RLIMIT_CORE": 0}
+    own = {name: resource.getrlimit(getattr(resource, name))[1] for name in wanted}
+    return {
+        name: most if own[name] == resource.RLIM_INFINITY else min(most, own[name]) for name, most in wanted.items()
+    }
 
 
 def _watch(process: subprocess.Popen[bytes], status: int, limits: ProgramLimits) -> ProgramResult:

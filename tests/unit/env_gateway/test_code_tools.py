@@ -130,12 +130,14 @@ async def test_hostile_programs_get_a_result_and_change_neither_the_reward_nor_o
     monkeypatch.syspath_prepend(str(FOLDER))
     programs = {name: ("RunsPrograms", text.replace("PORT", "9")) for name, text in PROGRAMS.items()}
     programs["loop"] = ("RunsProgramsBriefly", "while True: pass")
+    programs["large"] = ("RunsLargePrograms", "import resource; print(resource.getrlimit(resource.RLIMIT_AS)[1] >> 20)")
     answers = await run_all(tools, programs)
     rewards = {name: score and score.reward for name, (_, score) in answers.items()}
     assert rewards == dict.fromkeys(answers, 1.0), "each reward is that of its environment"
     texts = {name: text for name, (text, _) in answers.items()}
     assert all(text.endswith(" 0 left") for text in texts.values()), texts
     assert texts.pop("fork bomb") == "0 made True  0 left"
+    assert texts.pop("large") == f"0 {LIMITS.memory_mib}  0 left", "at most the limit of the session"
     assert texts.pop("loop") == "None   0 left"
     assert texts.pop("daemon") == "0   0 left"
     assert texts.pop("descriptors") == "0 [0, 1, 2]  0 left"

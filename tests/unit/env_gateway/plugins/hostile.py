@@ -206,6 +206,10 @@ class RunsProgramsBriefly(RunsPrograms):
     limits = ProgramLimits(time_s=0.5)
 
 
+class RunsLargePrograms(RunsPrograms):
+    limits = ProgramLimits(time_s=60.0, memory_mib=10**6, processes=10**6)
+
+
 class RunsProgramsUnconfined(RunsPrograms):
     """The same without a sandbox."""
 
