@@ -192,6 +192,11 @@ class LearnerConfig(Service):
                 f'advantages.kind = "gae" has a critic, whose passes need whole rows, but with context_parallel = '
                 f"{self.context_parallel} each rank has a part of a row: set context_parallel = 1, or another kind"
             )
+        if self.context_parallel > 1 and self.lora.rank:
+            raise ValueError(
+                f"lora.rank = {self.lora.rank} was not tried with context_parallel = {self.context_parallel}: set "
+                f"context_parallel = 1, or lora.rank = 0"
+            )
         if self.routing_replay == "learner" and not (
             isinstance(self.proximal, SnapshotProximal) and not self.proximal.prefetch
         ):
@@ -216,7 +221,10 @@ class LearnerConfig(Service):
         """Raise ValueError for what needs a whole model on each rank."""
         unsupported = (
             (self.vcpo.baseline, "vcpo.baseline takes the gradient of each trajectory"),
-            (self.lora.rank > 0, f"lora.rank = {self.lora.rank} needs the whole base model on each rank"),
+            (
+                self.lora.rank > 0 and self.publishing != "inline",
+                f'publishing = "{self.publishing}" was not tried with lora.rank = {self.lora.rank}',
+            ),
         )
         if reasons := [reason for applies, reason in unsupported if applies]:
             raise ValueError(

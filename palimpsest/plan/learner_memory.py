@@ -3,7 +3,7 @@
 Without sharding, every rank holds the whole model and its optimizer (services/learner/model/trainable.py). With it,
 each rank holds a share of the float32 masters, which are cast while a block is gathered, and of all that has their
 shape (docs/sharding.md). With an adapter, the base is held once, and everything else has the adapter's shape
-(docs/lora.md).
+(docs/lora.md). With both, each rank holds all of the adapter, and a share of the base for each model.
 """
 
 from palimpsest.common.config.learner import AVERAGES, LearnerConfig
@@ -24,15 +24,16 @@ FLOAT32_BLOCKS = 3
 def learner_memory(config: LearnerConfig, rehearsed: Rehearsed, shape: PassShape, *, ranks: int, gpu: bool) -> Memory:
     """Return the memory of a rank. gpu: whether the rank runs on a GPU, where more logits are float32 at a time."""
     shares = ranks if config.sharding != "none" else 1
-    optimizer, held = _optimizer(rehearsed, shares), _held(config, rehearsed, shares)
-    copies = _copies(rehearsed, shares) if config.sharding != "none" else ()
-    moments = tuple(_moments(config, rehearsed, shape, ranks=ranks, shares=shares, gpu=gpu))
+    of_trained = 1 if config.lora.rank else shares
+    optimizer, held = _optimizer(rehearsed, of_trained), _held(config, rehearsed, shares, of_trained)
+    copies = _copies(rehearsed, shares) if config.sharding != "none" and not config.lora.rank else ()
+    moments = tuple(_moments(config, rehearsed, shape, ranks=ranks, shares=of_trained, gpu=gpu))
     if config.offload == "optimizer":
         host = [cause for cause in held if cause.name in (AVERAGE, BASELINE)]  # where the masters are
         gpu_held = tuple(cause for cause in held if cause not in host)
         return Memory(gpu_held, moments[:-1], host=(*optimizer, *host, *moments[-1].causes, *copies))
-    held = [*held[:1], *optimizer, *held[1:]] if config.sharding == "none" else [*optimizer, *held]
-    return Memory(tuple(held), moments, host=copies)
+    first = held[:1] if _holds_weights(config) else []
+    return Memory((*first, *optimizer, *held[len(first) :]), moments, host=copies)
 
 
 def pass_shape(config: LearnerConfig, longest: int, attention: str) -> PassShape:
@@ -49,8 +50,13 @@ def pass_shape(config: LearnerConfig, longest: int, attention: str) -> PassShape
     )
 
 
+def _holds_weights(config: LearnerConfig) -> bool:
+    """Whether a rank holds weights of the policy that compute, besides the masters."""
+    return config.sharding == "none" or config.lora.rank > 0
+
+
 def _optimizer(rehearsed: Rehearsed, shares: int) -> list[Cause]:
-    """What learner.offload moves to the host."""
+    """What learner.offload moves to the host. shares: ranks over which it is split."""
     each = -(-FLOAT32 * rehearsed.model.trained // shares)
     split = ("learner.offload", *(("local.learner_ranks",) if shares > 1 else ()))
     return [
@@ -61,33 +67,39 @@ def _optimizer(rehearsed: Rehearsed, shares: int) -> list[Cause]:
 
 
 def _copies(rehearsed: Rehearsed, shares: int) -> tuple[Cause, ...]:
-    """What the rank with most tensors keeps of the newest version and of its parent. Without sharding, rank 0 alone
-    keeps copies."""
+    """What the rank with most tensors keeps of the newest version and of its parent. Without sharding, and of an
+    adapter, rank 0 alone keeps copies."""
     size = 2 * largest_share(rehearsed.model.published, shares)
     return (Cause("own tensors of two versions, to encode them", size, ("local.learner_ranks",)),)
 
 
-def _held(config: LearnerConfig, rehearsed: Rehearsed, shares: int) -> list[Cause]:
-    """What stays on the GPU; the weights first, if the rank holds them."""
+def _held(config: LearnerConfig, rehearsed: Rehearsed, shares: int, of_trained: int) -> list[Cause]:
+    """What stays on the GPU; the weights first, if the rank holds them. shares: ranks over which frozen weights are
+    split; of_trained: over which trained ones are."""
     model, kind = rehearsed.model, config.proximal.kind
-    each, split = -(-FLOAT32 * model.trained // shares), ("local.learner_ranks",) if shares > 1 else ()
-    causes = [Cause("weights", model.weights)] if config.sharding == "none" else []
+    each, split = -(-FLOAT32 * model.trained // of_trained), ("local.learner_ranks",) if shares > 1 else ()
+    adapter = config.lora.rank > 0 and config.sharding != "none"
+    shard = -(-(model.weights - model.copied) // shares)
+    copied = shard + model.copied if adapter else -(-model.copied // shares)
+    causes = []
+    if _holds_weights(config):
+        causes.append(Cause("weights", copied if adapter else model.weights, split if adapter else ()))
     if kind == "snapshot":
-        old = -(-model.copied // shares)
-        causes.append(Cause("weights of an old version", old, ("learner.proximal.kind", *split)))
+        causes.append(Cause("weights of an old version", copied, ("learner.proximal.kind", *split)))
     if kind in AVERAGES:
         keys = ("learner.proximal.kind", *split)
         causes.append(Cause(AVERAGE, each, keys))
-        causes.append(Cause("average in the model's type", -(-model.copied // shares), keys))
+        causes.append(Cause("average in the model's type", copied, keys))
     if config.audit.fraction and not PROXIMAL_KINDS[kind].exact:
-        old = -(-model.copied // shares)
-        causes.append(Cause("weights of an old version, for the audit", old, ("learner.audit.fraction",)))
+        causes.append(Cause("weights of an old version, for the audit", copied, ("learner.audit.fraction",)))
     if config.loss.kl.weight:
-        causes.append(Cause("weights of version 0", -(-model.copied // shares), ("learner.loss.kl.weight",)))
+        causes.append(Cause("weights of version 0", copied, ("learner.loss.kl.weight",)))
     if config.advantages.kind == "gae":
-        size = -(-4 * FLOAT32 * model.decoder_parameters // shares)
-        if config.sharding == "none":
+        size = -(-4 * FLOAT32 * model.decoder_parameters // of_trained)
+        if _holds_weights(config):
             size += model.decoder_weights
+        if adapter:
+            size += -(-model.decoder_frozen // shares)
         causes.append(Cause("critic with its optimizer", size, ("learner.advantages.kind", *split)))
     if config.vcpo.baseline:
         causes.append(Cause(BASELINE, 2 * each, ("learner.vcpo.baseline",)))
@@ -105,6 +117,7 @@ def _moments(
     logits = Cause("float32 logits of a GPU's larger blocks", _larger_blocks(rehearsed, shape) if gpu else 0, chunk)
     more = (logits,) if logits.size else ()
     gathered = _gathered_weights(rehearsed) if config.sharding != "none" else ()
+    gathered = gathered[:1] if config.lora.rank else gathered  # frozen weights have no gradients
     training = (
         Cause("activations kept for the backward pass", rehearsed.kept, kept_keys),
         Cause("other tensors of the passes", rehearsed.training - rehearsed.kept, (*chunk, *pass_keys)),
@@ -124,7 +137,7 @@ def _moments(
     ]
 
 
-def _gathered_weights(rehearsed: Rehearsed) -> tuple[Cause, Cause]:
+def _gathered_weights(rehearsed: Rehearsed) -> tuple[Cause, ...]:
     """What a rank gathers for its passes, and the float32 gradients that it sends to the other ranks."""
     model = rehearsed.model
     weights = BFLOAT16 * (model.outside + BLOCKS_GATHERED * model.largest_block)

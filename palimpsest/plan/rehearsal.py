@@ -96,9 +96,11 @@ class ModelSize:
     decoder_parameters: int
     """Number of trained parameters of the decoder."""
     largest_block: int
-    """Number of parameters of the largest block; 0 if transformers names no blocks."""
+    """Number of parameters of the largest block, without an adapter; 0 if transformers names no blocks."""
     outside: int
     """Number of parameters outside the blocks: embedding, last norm, head."""
+    decoder_frozen: int = 0
+    """Parameters of the decoder that are not trained."""
     layers: int = 0
     """Number of layers."""
     key_bytes: int = 0
@@ -247,7 +249,9 @@ def _size(model: torch.nn.Module) -> ModelSize:
     head_size = getattr(values, "head_dim", None) or getattr(values, "hidden_size", 0) // heads
     trained = [p for p in own if p.requires_grad]
     decoder = [p for p in decoder_of(model).parameters() if p.requires_grad]
-    blocks = [sum(p.numel() for p in block.parameters()) for block in _blocks(model)]
+    frozen = [p for p in own if not p.requires_grad]
+    base = {id(p) for p in frozen or own}
+    blocks = [sum(p.numel() for p in block.parameters() if id(p) in base) for block in _blocks(model)]
     return ModelSize(
         kind=type(model).__name__,
         parameters=sum(p.numel() for p in own),
@@ -258,7 +262,8 @@ def _size(model: torch.nn.Module) -> ModelSize:
         decoder_weights=_bytes(decoder),
         decoder_parameters=sum(p.numel() for p in decoder),
         largest_block=max(blocks, default=0),
-        outside=sum(p.numel() for p in own) - sum(blocks),
+        outside=sum(p.numel() for p in frozen or own) - sum(blocks),
+        decoder_frozen=_bytes([p for p in decoder_of(model).parameters() if not p.requires_grad]),
         layers=int(getattr(values, "num_hidden_layers", 0)),
         key_bytes=2 * model_type.itemsize * int(key_heads) * int(head_size),
         published=published_tensors(model) if len(trained) == len(own) else (),

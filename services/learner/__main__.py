@@ -50,7 +50,7 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer
     from palimpsest.services.learner.sharding.build import build_shards
     from palimpsest.services.learner.training.build import build_training_state
-    from palimpsest.services.learner.training.build_policy import build_policy
+    from palimpsest.services.learner.training.build_policy import build_policy, read_start
     from palimpsest.services.learner.training.follower import run_follower
     from palimpsest.services.learner.training.trainer import Trainer
 
@@ -70,7 +70,8 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
         ca_file=kept.ca_file,
         sleep_without_room=partial(wait_for_room, stop),
     ) as store:
-        shards = build_shards(config, ranks, store) if sharded else None
+        begin = partial(read_start, config=config, ranks=ranks, store=store, adapter=adapter)
+        shards = build_shards(config, ranks, store, begin) if sharded else None
         policy = shards.policy if shards is not None else build_policy(config, ranks, store, adapter)
         if config.learner.routing_replay != "none":
             refuse_unroutable(policy.model)

@@ -144,19 +144,23 @@ def _outputs(
     evaluator: Evaluator,
     adapter: Adapter | None,
 ) -> Outputs:
-    """The writers of versions and checkpoints. With a sharded policy, all ranks take part."""
+    """The writers of versions and checkpoints. With a sharded policy, all ranks take part; rank 0 has all of an
+    adapter."""
     learner, shards, model = config.learner, training.shards, training.policy.model
     limits = {"trajectories": learner.canary_trajectories, "micro_batch_tokens": learner.micro_batch_tokens}
     canaries: Canaries
+    weights: ShardedWeights | None = None
+    files: ShardFiles | None = None
     if shards is None:
-        canaries, weights, files = Canaries(model, training.ranks.device, **limits), None, None
+        canaries = Canaries(model, training.ranks.device, **limits)
     else:
         on_all_ranks = OnAllRanks(shards)
         canaries = ShardedCanaries(on_all_ranks, **limits)
-        messages, part = shards.messages, shards.part
-        parts = CollectiveOrders(on_all_ranks) if messages is None else MessageOrders(messages, part)
-        weights = ShardedWeights(on_all_ranks, parts, store, run=config.run.id)
-        files = ShardFiles(on_all_ranks, shards.policy)
+        if (policy := shards.split_policy) is not None:
+            messages, part = shards.messages, shards.part
+            parts = CollectiveOrders(on_all_ranks) if messages is None else MessageOrders(messages, part)
+            weights = ShardedWeights(on_all_ranks, parts, store, run=config.run.id)
+            files = ShardFiles(on_all_ranks, policy)
     publisher = Publisher(bus, store, writer, model, canaries, run=config.run.id, weights=weights, adapter=adapter)
     report_free_bytes("checkpoints", config.checkpoint_folder)
     checkpoints = Checkpoints(

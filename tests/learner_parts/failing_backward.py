@@ -20,10 +20,13 @@ class _FailsBackward(torch.autograd.Function):
         return (gradient * float("nan") if ctx.bad else gradient), None, None
 
 
-def fail_backward(model: torch.nn.Module, token: int, error: Exception | None) -> None:
+def fail_backward(
+    model: torch.nn.Module, token: int, error: Exception | None, *, layer: int = 0, after: bool = False
+) -> None:
     """Make the backward pass fail for batches with this token, after the later layers have their gradients.
 
-    error: raised; None: the gradient is not a number instead.
+    error: raised; None: the gradient is not a number instead. layer, after: where it fails: at the gradient of the
+    input of this layer, or of its output.
     """
     seen = [False]
 
@@ -32,6 +35,11 @@ def fail_backward(model: torch.nn.Module, token: int, error: Exception | None) -
 
     model.get_input_embeddings().register_forward_pre_hook(look)  # type: ignore[operator]
     decoder: Any = model
-    decoder.base_model.layers[0].register_forward_pre_hook(
+    if after:
+        decoder.base_model.layers[layer].register_forward_hook(
+            lambda _, __, output: _FailsBackward.apply(output, seen[0], error)
+        )
+        return
+    decoder.base_model.layers[layer].register_forward_pre_hook(
         lambda _, arguments: (_FailsBackward.apply(arguments[0], seen[0], error), *arguments[1:])
     )

@@ -10,6 +10,7 @@ import torch
 from msgspec.structs import replace
 
 from palimpsest.common.config.learner import OptimizerConfig
+from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.snapshots.client import VersionMissing
 from palimpsest.common.snapshots.encoding import encode_version
 from palimpsest.common.snapshots.frames import Hashed, RawTensor
@@ -42,7 +43,9 @@ DAMAGED, LOST = Version(3), Version(4)
 class Versions:
     """A store in memory: version 0 in full, the others as deltas to the version before."""
 
-    def __init__(self) -> None:
+    def __init__(self, adapter: Adapter | None = None) -> None:
+        """adapter: what the versions are; None: whole weights."""
+        self._adapter = adapter
         self.manifests: dict[Version, Manifest] = {}
         self.objects: dict[str, bytes] = {}
         self.weights: dict[Version, list[RawTensor]] = {}
@@ -71,7 +74,7 @@ class Versions:
         manifest = Manifest(
             schema=SCHEMA, run="t", writer=1, version=version, digest=version_digest(encoded.entries),
             encoding="delta" if version else "slices", object=encoded.digest, object_size=encoded.size,
-            tensors=tuple(encoded.entries), canaries=(),
+            tensors=tuple(encoded.entries), canaries=(), adapter=self._adapter,
             parent=Parent(before, self.manifests[before].digest) if version else None,
         )  # fmt: skip
         self.manifests[version], self.objects[encoded.digest] = manifest, file.getvalue()

@@ -60,9 +60,10 @@ def adapter_weights(model: torch.nn.Module) -> dict[str, Tensor] | None:
 
     Of an adapter with rank r: `NAME.lora_A.weight` is [r, inputs], `NAME.lora_B.weight` is [outputs, r].
     """
-    if not getattr(model, ATTRIBUTE, False):
+    inner = getattr(model, "causal", model)  # of a sharded model
+    if not getattr(inner, ATTRIBUTE, False):
         return None
-    matches = ((_OWN_NAME.fullmatch(name), tensor) for name, tensor in model.named_parameters())
+    matches = ((_OWN_NAME.fullmatch(name), tensor) for name, tensor in inner.named_parameters())
     return {f"{PREFIX}{own[1]}.lora_{own[2]}.weight": tensor.detach() for own, tensor in matches if own}
 
 
@@ -73,6 +74,17 @@ def copy_trained(model: torch.nn.Module, part: torch.nn.Module | None = None) ->
         return copy.deepcopy(part or model)
     shared = {id(tensor): tensor for name, tensor in model.named_parameters() if not _OWN_NAME.fullmatch(name)}
     return copy.deepcopy(part or model, shared)
+
+
+@torch.no_grad()
+def copy_adapter(model: torch.nn.Module, of: torch.nn.Module) -> None:
+    """Overwrite the adapter of the model, or of its decoder, by that of a model with the same layers. Does nothing
+    without adapters."""
+    own, other = (
+        [tensor for name, tensor in each.named_parameters() if _OWN_NAME.fullmatch(name)] for each in (model, of)
+    )
+    for target, tensor in zip(own, other, strict=True):
+        target.copy_(tensor)
 
 
 def is_adapted_layer(module: torch.nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Builds the sharded policy of a rank from the configuration."""
 
 import os
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,6 +14,7 @@ from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.checkpoint_names import part_views
 from palimpsest.services.learner.model.policy import checkpoint_activations
+from palimpsest.services.learner.sharding.adapter_policy import AdapterPolicy
 from palimpsest.services.learner.sharding.load import COMPUTES, ModelFiles
 from palimpsest.services.learner.sharding.part_messages import PartServer, open_messages
 from palimpsest.services.learner.sharding.sharded_model import ShardedModel
@@ -22,9 +24,17 @@ from palimpsest.services.learner.sharding.tensor_owners import tensor_owners
 from palimpsest.services.learner.sharding.version_part import VersionPart
 
 
-def build_shards(config: RunConfig, ranks: ProcessGroup, store: SnapshotClient) -> Shards:
-    """Return this rank's shards of the starting model. All ranks must call it. store: gets the versions. Raises
-    UserError."""
+def build_shards(
+    config: RunConfig,
+    ranks: ProcessGroup,
+    store: SnapshotClient,
+    begin: Callable[[torch.nn.Module], None] = lambda _: None,
+) -> Shards:
+    """Return this rank's shards of the starting model. All ranks must call it. Raises UserError.
+
+    store: gets the versions. begin: called with the model before its masters are made, to read the adapter that the run
+    begins with.
+    """
     learner = config.learner
     files = ModelFiles(
         config.model.path,
@@ -34,11 +44,20 @@ def build_shards(config: RunConfig, ranks: ProcessGroup, store: SnapshotClient) 
         logprob_chunk_tokens=learner.logprob_chunk_tokens,
         layout=learner.layout,
         context=ranks.context,
+        lora=learner.lora,
     )
-    model = files.build(holds=torch.float32, trains=True, offload=learner.offload == "optimizer")
+    offload = learner.offload == "optimizer"
+    if files.adapted:
+        model = files.build(holds=COMPUTES, trains=True)
+    else:
+        model = files.build(holds=torch.float32, trains=True, offload=offload)
+    begin(model)
     if learner.activation_checkpointing:
         again = partial(checkpoint_activations, every=learner.activation_checkpointing_every)
         model(again)  # inside the root's call its passes can read all weights
+    if files.adapted:
+        policy = AdapterPolicy(model, learner.optimizer, offload=offload)
+        return Shards(policy, files, ranks, VersionPart(store, [], threads=1))
     part = build_part(model, files, ranks, store)
     messages = open_messages(ranks) if learner.publishing == "background" else None
     server = PartServer(messages, part) if messages is not None and not ranks.is_rank0 else None

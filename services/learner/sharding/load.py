@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from palimpsest.common.config.learner import LOGPROB_CHUNK_TOKENS
+from palimpsest.common.config.lora import LoraConfig
 from palimpsest.common.model_limits import refuse_attention, refuse_layout
 from palimpsest.common.model_path import WHOLE, refuse_no_model, sentence
 from palimpsest.common.user_error import UserError
@@ -24,6 +25,7 @@ from palimpsest.services.learner.distributed import Context
 from palimpsest.services.learner.model.checkpoint_names import PartNames, part_names
 from palimpsest.services.learner.model.context import CONTEXT_ATTRIBUTE
 from palimpsest.services.learner.model.critic import Valued
+from palimpsest.services.learner.model.lora import add_adapter
 from palimpsest.services.learner.model.output_head import CHUNK_ATTRIBUTE, decoder_of, find_head
 from palimpsest.services.learner.model.packing import PACKED, packed_attention, use_packing
 from palimpsest.services.learner.sharding.local_shards import local_parts
@@ -33,6 +35,8 @@ from palimpsest.services.learner.sharding.sharded_model import ShardedModel, blo
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 COMPUTES = torch.bfloat16
 """Type of the weights in a pass, and of the published weights."""
+NO_ADAPTER = LoraConfig()
+"""All weights are trained."""
 
 
 class ModelFiles:
@@ -48,12 +52,13 @@ class ModelFiles:
         logprob_chunk_tokens: int = LOGPROB_CHUNK_TOKENS,
         layout: str = "padded",
         context: Context | None = None,
+        lora: LoraConfig = NO_ADAPTER,
     ) -> None:
-        """attention, logprob_chunk_tokens, layout: keys of the run. context: ranks that share each row.
+        """attention, logprob_chunk_tokens, layout, lora: keys of the run. context: ranks that share each row.
 
         Raises UserError if it cannot be sharded."""
         refuse_no_model(path)
-        self._chunk, self._layout, self._context = logprob_chunk_tokens, layout, context
+        self._chunk, self._layout, self._context, self._lora = logprob_chunk_tokens, layout, context, lora
         self._path, self._attention, self._mesh, self._device = path, attention, mesh, device
         self._files = _tensor_files(path)
         self.errors = PassErrors()
@@ -61,30 +66,47 @@ class ModelFiles:
         self.names: dict[str, PartNames] = {}
         """The model's own name of each weight -> its names in the checkpoint; complete after the first `build`."""
 
+    @property
+    def adapted(self) -> bool:
+        """Whether the models have an adapter. Their other weights get no gradients then."""
+        return self._lora.rank > 0
+
     def build(self, *, holds: torch.dtype, trains: bool, offload: bool = False) -> ShardedModel:
-        """Return the starting model. holds: type of the shards. trains: whether the weights get gradients. offload: the
-        shards stay in the host's memory.
+        """Return the starting model, with a new adapter if the run trains one. holds: type of the shards. trains:
+        whether the weights, or those of the adapter, get gradients. offload: the shards stay in the host's memory.
 
         All ranks must call it. Raises UserError.
         """
         causal = self._causal()
-        model = self._split(causal, causal, holds=holds, trains=trains, offload=offload)
+        model = self._split(causal, causal, holds=holds, trains=trains and not self.adapted, offload=offload)
         setattr(causal, CHUNK_ATTRIBUTE, self._chunk)
         model(find_head)  # recognized in the model's own precision
         if self._layout == PACKED:
             model(use_packing)
         if self._context is not None:
             setattr(causal, CONTEXT_ATTRIBUTE, self._context)
+        self._adapt(causal, trains=trains)
         return model
 
-    def build_valued(self) -> ShardedModel:
-        """Return the starting model's decoder with a scalar head (model/critic.py), in float32 and with gradients.
+    def _adapt(self, module: nn.Module, *, trains: bool) -> None:
+        """Add a new adapter, whole on every rank, if the run trains one."""
+        if self.adapted:
+            with _plain_weights(module):
+                add_adapter(module, self._lora)
+            if not trains:
+                module.requires_grad_(False)
 
-        The head is whole on every rank. All ranks must call it. Raises UserError.
+    def build_valued(self) -> ShardedModel:
+        """Return the starting model's decoder with a scalar head (model/critic.py), in float32 and with gradients. If
+        the run trains an adapter: in bf16 without gradients, with a new adapter that has them.
+
+        Head and adapter are whole on every rank. All ranks must call it. Raises UserError.
         """
         causal: Any = self._causal()
         valued = Valued(decoder_of(causal), packs=self._layout == PACKED)
-        model = self._split(causal, valued, holds=torch.float32, trains=True)
+        holds = COMPUTES if self.adapted else torch.float32
+        model = self._split(causal, valued, holds=holds, trains=not self.adapted)
+        self._adapt(valued.decoder, trains=True)
         valued.add_head(causal.config.get_text_config().hidden_size, self._device)
         return model
 
@@ -151,6 +173,22 @@ class ModelFiles:
                         )
                     rows: Tensor = stored[part.start : part.start + len(part.values)] if part.shape else stored[:]
                     part.values.copy_(rows.to(COMPUTES))
+
+
+@contextmanager
+def _plain_weights(module: nn.Module) -> Iterator[None]:
+    """Let the linear layers have weights that are no distributed tensors, and empty: peft takes the shape of a shard
+    for that of a layer."""
+    layers = [each for each in module.modules() if isinstance(each, nn.Linear)]
+    weights = [layer._parameters["weight"] for layer in layers]
+    for layer in layers:
+        empty = torch.empty(0, dtype=layer.weight.dtype, device=layer.weight.device)
+        layer._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, weights, strict=True):
+            layer._parameters["weight"] = weight
 
 
 @contextmanager

@@ -116,18 +116,26 @@ def completing(model: torch.nn.Module) -> Iterator[None]:
 def complete_backward(model: Any) -> None:
     """Take part in what is left of a backward pass, without gradients. The forward pass must be complete.
 
-    Blocks that have summed their gradients are left out. Afterwards the gradients of all ranks are undefined.
+    Blocks that have summed their gradients are left out, and the first blocks if nothing in them is trained, which a
+    backward pass does not reach. Afterwards the gradients of all ranks are undefined.
     """
     state = model._get_fsdp_state()
     own = set(map(id, state._fsdp_param_groups))
     # earlier passes without gradient are in the list, too
-    for group in {id(group): group for group in reversed(state._comm_ctx.post_forward_order)}.values():
+    groups = list({id(group): group for group in reversed(state._comm_ctx.post_forward_order)}.values())
+    while groups and not _trained(groups[-1]):
+        groups.pop()
+    for group in groups:
         if group._training_state == TrainingState.POST_BACKWARD:
             continue
         group.pre_backward(True)
         if id(group) not in own:
             group.post_backward()
     state._root_post_backward_final_callback()
+
+
+def _trained(group: Any) -> bool:
+    return any(parameter.requires_grad for module in group.modules for parameter in module.parameters())
 
 
 def _in_backward() -> bool:

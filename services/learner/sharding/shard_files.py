@@ -40,13 +40,14 @@ class ShardFiles:
 @torch.no_grad()
 def write_shards(shards: Shards, folder: Path) -> dict[str, str]:
     """Write this rank's shards. Return file name -> digest of the files of all ranks."""
-    ranks = shards.ranks
+    ranks, policy = shards.ranks, shards.split_policy
+    assert policy is not None
     if ranks.is_rank0:
         shutil.rmtree(folder, ignore_errors=True)  # left by an attempt that did not finish
         folder.mkdir(parents=True)
     ranks.all_gather_object("made")
     failpoints.reach("learner.before_shards")
-    save(shards.policy.shards(), checkpoint_id=folder)
+    save(policy.shards(), checkpoint_id=folder)
     failpoints.reach("learner.after_shards")
     own = sorted(file.name for file in folder.glob(f"__{ranks.rank}_*"))
     digests = {name: file_digest(folder / name) for name in own}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.sharding.adapter_policy import AdapterPolicy
 from palimpsest.services.learner.sharding.load import ModelFiles
 from palimpsest.services.learner.sharding.part_messages import PartMessages, PartServer
 from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy
@@ -21,15 +22,20 @@ T = TypeVar("T")
 class Shards:
     """A rank's shards of the policy."""
 
-    policy: ShardedPolicy
+    policy: ShardedPolicy | AdapterPolicy
     files: ModelFiles
     ranks: ProcessGroup
     part: VersionPart
-    """What this rank stores of each version."""
+    """What this rank stores of each version; nothing of an adapter, which rank 0 stores."""
     messages: PartMessages | None = None
     """Between the threads that store versions; None if the loops' threads store them."""
     server: PartServer | None = None
     """The thread of a rank other than 0 that stores its part; None if there is none."""
+
+    @property
+    def split_policy(self) -> ShardedPolicy | None:
+        """The policy if masters and moments are shards; None if it trains an adapter, which is whole on every rank."""
+        return self.policy if isinstance(self.policy, ShardedPolicy) else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,7 +14,7 @@ from palimpsest.common.snapshots.client import SnapshotClient, VersionMissing
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.critic import Critic, critic_optimizer
-from palimpsest.services.learner.model.lora import copy_trained
+from palimpsest.services.learner.model.lora import copy_adapter, copy_trained
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason
 from palimpsest.services.learner.old_logprobs.precomputed_source import PrecomputedSource
@@ -29,6 +29,7 @@ from palimpsest.services.learner.sharding.load import COMPUTES
 from palimpsest.services.learner.sharding.sharded_critic import build_critic
 from palimpsest.services.learner.sharding.sharded_model import local_values
 from palimpsest.services.learner.sharding.shared_work import Shards
+from palimpsest.services.learner.sharding.versioned_adapter import VersionedAdapter
 from palimpsest.services.learner.sharding.versioned_shards import VersionedShards
 from palimpsest.services.learner.training.state import TrainingState
 
@@ -68,8 +69,9 @@ def build_training_state(
     parts = _Parts(policy, store, device, on_load, config.micro_batch_tokens, ranks, shards, adapter)
     missed = MissingCounter()
     source = _build_source(config, parts, missed)
-    if shards is not None and isinstance(source, EwmaProx | PpoEwmaAsync):
-        shards.policy.companions["average"] = source.average.means
+    split = None if shards is None else shards.split_policy
+    if split is not None and isinstance(source, EwmaProx | PpoEwmaAsync):
+        split.companions["average"] = source.average.means
     return TrainingState(
         source=source,
         misses=missed,
@@ -123,25 +125,30 @@ def _build_critic(config: LearnerConfig, parts: _Parts) -> Critic:
 
 
 def _starting_model(parts: _Parts) -> torch.nn.Module:
-    if parts.shards is not None:
-        return parts.shards.files.build(holds=COMPUTES, trains=False)
-    return copy_trained(parts.policy.model).requires_grad_(False)
+    if parts.shards is None:
+        return copy_trained(parts.policy.model).requires_grad_(False)
+    model = parts.shards.files.build(holds=COMPUTES, trains=False)
+    copy_adapter(model.causal, parts.shards.policy.model.causal)
+    return model
 
 
-def _sharded_shadow(shards: Shards, store: SnapshotClient) -> VersionedShards:
-    return VersionedShards(shards.files.build(holds=COMPUTES, trains=False), shards.files, store, shards.ranks)
+def _sharded_shadow(shards: Shards, parts: _Parts) -> MovableModel:
+    model = shards.files.build(holds=COMPUTES, trains=False)
+    if parts.adapter is not None:
+        return VersionedAdapter(model, parts.store, parts.adapter, shards.ranks)
+    return VersionedShards(model, shards.files, parts.store, shards.ranks)
 
 
 def _split(shards: Shards) -> SplitPolicy:
     copy = partial(shards.files.build, holds=COMPUTES, trains=False)
-    return SplitPolicy(copy, shards.ranks.all_gather_object)
+    return SplitPolicy(copy, None if shards.split_policy is None else shards.ranks.all_gather_object)
 
 
 def _stored_weights(parts: _Parts, version: Version) -> list[torch.Tensor] | None:
     """Return the weights of a stored version in the order of the masters, float32, or this rank's shards of them; None
     if the store has none."""
     if parts.shards is not None:
-        model: MovableModel = _sharded_shadow(parts.shards, parts.store)
+        model: MovableModel = _sharded_shadow(parts.shards, parts)
     else:
         model = VersionedModel(copy_trained(parts.policy.model), parts.store, parts.adapter)
     try:
@@ -172,6 +179,6 @@ def _snapshot_source(
         misses=misses,
         ranks=parts.ranks,
         adapter=parts.adapter,
-        shadow=None if parts.shards is None else partial(_sharded_shadow, parts.shards, parts.store),
+        shadow=None if parts.shards is None else partial(_sharded_shadow, parts.shards, parts),
         record_routes=record_routes,
     )

@@ -1,5 +1,7 @@
 """Builds the policy of a process that holds all weights."""
 
+import torch
+
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.snapshots.client import SnapshotClient
@@ -15,14 +17,24 @@ def build_policy(
 ) -> TrainablePolicy:
     """Return the policy at the start of a run: the model of the run, with the adapter of learner.lora.start.
 
-    The adapter is read by rank 0 alone, whose state the other ranks take over, and only if the store has no checkpoint
-    of the run: a checkpoint replaces it. adapter: what is trained; None: all weights. Raises UserError.
+    adapter: what is trained; None: all weights. Raises UserError.
     """
     learner = config.learner
     model = load_policy(config, ranks.device)
-    start = learner.lora.start
-    if start is not None and adapter is not None and ranks.is_rank0 and not Writer(store).committed():
-        load_starting_adapter(model, start, adapter, config.model.path)
+    read_start(model, config=config, ranks=ranks, store=store, adapter=adapter)
     if learner.activation_checkpointing:
         checkpoint_activations(model, every=learner.activation_checkpointing_every)
     return TrainablePolicy(model, learner.optimizer, offload=learner.offload == "optimizer")
+
+
+def read_start(
+    model: torch.nn.Module, *, config: RunConfig, ranks: ProcessGroup, store: SnapshotClient, adapter: Adapter | None
+) -> None:
+    """Read the adapter of learner.lora.start, if the run has one, into the model.
+
+    Only rank 0 reads it, whose state the other ranks take over, and only if the store has no checkpoint of the run: a
+    checkpoint replaces it. adapter: what is trained; None: all weights. Raises UserError.
+    """
+    start = config.learner.lora.start
+    if start is not None and adapter is not None and ranks.is_rank0 and not Writer(store).committed():
+        load_starting_adapter(model, start, adapter, config.model.path)

@@ -327,7 +327,6 @@ def test_a_starting_adapter_needs_a_rank(run: Path) -> None:
     ("flag", "reason"),
     [
         ("vcpo.baseline=true", "vcpo.baseline takes the gradient of each trajectory"),
-        ("lora.rank=8", "lora.rank = 8 needs the whole base model on each rank"),
     ],
 )
 def test_what_needs_a_whole_model_is_refused_with_sharding(run: Path, flag: str, reason: str) -> None:
@@ -345,5 +344,6 @@ def test_ranks_share_rows_only_where_they_compute_what_one_rank_would(run: Path)
     message = refused(run, *shared, "--learner.proximal.kind=ewma_prox")
     assert 'proximal.kind = "ewma_prox" was not tried with context_parallel = 2' in message
     assert 'advantages.kind = "gae" has a critic' in refused(run, *shared, "--learner.advantages.kind=gae")
+    assert "lora.rank = 4 was not tried" in refused(run, *shared, "--learner.lora.rank=4")
     message = refused(run, *shared, "--model.attention=flash_attention_2")
     assert 'learner.context_parallel = 2 needs model.attention = "sdpa"' in message

@@ -3,11 +3,10 @@
 import itertools
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
 from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.common.config.lora import LoraConfig
@@ -27,21 +26,9 @@ from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.proximal.surrogates.current_recompute import CurrentRecompute
 from tests.learner_parts.models import CPU, CurrentModel, train
 from tests.records.builders import UNCORRECTED, a_learner, a_row
+from tests.unit.plan.shapes import DENSE, PARAMETERS, SHAPE
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "architectures": ["Qwen3ForCausalLM"],
-}
-PARAMETERS = 512 * 64 + 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 2 * 16 + 3 * 64 * 192 + 2 * 64) + 64
-"""Of SHAPE with tied embeddings: embedding; two layers (query, key and value, output, norms, MLP, norms); norm."""
 LENGTH, ROWS = 120, 4
-DENSE = Qwen3Config(**SHAPE, tie_word_embeddings=True)
 UNTIED = LlamaConfig(**{**SHAPE, "architectures": ["LlamaForCausalLM"]}, tie_word_embeddings=False)
 EXPERTS = Qwen3MoeConfig(
     **{**SHAPE, "architectures": ["Qwen3MoeForCausalLM"]},
@@ -160,19 +147,6 @@ def test_with_an_adapter_only_the_base_has_the_models_size(run_file: Path) -> No
     assert held["weights"] - held["weights of an old version"] == 2 * PARAMETERS
 
 
-@pytest.fixture
-def run_file(tmp_path: Path) -> Path:
-    """A run of DENSE; its folder has no weights."""
-    DENSE.save_pretrained(tmp_path / "model")
-    path = tmp_path / "run.toml"
-    path.write_text(
-        f'[model]\npath = "{tmp_path / "model"}"\n[tasks]\nenvironments = {{ add = 1.0 }}\n'
-        "[sampling]\nmax_trajectory_tokens = 64\nmax_turn_tokens = 16\n[learner]\nversions = 1\n"
-        "micro_batch_tokens = 128\n"
-    )
-    return path
-
-
 def test_bytes_held_all_the_time_are_those_of_the_parameters(run_file: Path) -> None:
     text, code = run_command([str(run_file), "--gpus=2x80", "--json"])
     plan = json.loads(text)
@@ -214,16 +188,6 @@ def test_each_option_that_keeps_weights_is_a_cause(keys: list[str], names: set[s
     assert set(json.loads(text)["learner"]["held"]) - usual == names
 
 
-def test_shards_of_an_average_are_counted_once_over_the_ranks(run_file: Path) -> None:
-    words = [str(run_file), "--gpus", "4x80", "--json", "--learner.proximal.kind=ewma_prox", "--local.learner_ranks=4"]
-    alone, split = (
-        json.loads(run_command([*words, f"--learner.sharding={value}"])[0])["learner"]["held"]
-        for value in ("none", "full")
-    )
-    for name in ("average of the weights, float32", "average in the model's type"):
-        assert split[name] == -(-alone[name] // 4)
-
-
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_an_offloaded_optimizer_is_in_the_hosts_memory(sharding: str, run_file: Path) -> None:
     words = [str(run_file), "--gpus=8x80", "--json", f"--learner.sharding={sharding}", "--local.learner_ranks=4"]
@@ -240,36 +204,6 @@ def test_an_offloaded_optimizer_is_in_the_hosts_memory(sharding: str, run_file: 
     assert usual["peak_bytes"] - offloaded["peak_bytes"] == sum(usual["held"][name] for name in moved)
 
 
-def test_a_sharded_rank_holds_its_share_and_gathers_blocks(run_file: Path) -> None:
-    text, _ = run_command(
-        [str(run_file), "--gpus=8x80", "--json", "--learner.sharding=full", "--local.learner_ranks=4"]
-    )
-    learner = json.loads(text)["learner"]
-    quarter = PARAMETERS  # 4 bytes of a fourth of the parameters
-    assert learner["held"] == {
-        "masters, float32": quarter,
-        "gradients, float32": quarter,
-        "moments of AdamW, float32": 2 * quarter,
-        "weights of an old version": -(-json.loads(text)["model"]["bytes"] // 4),
-    }
-    outside = 512 * 64 + 64
-    block = (PARAMETERS - outside) // 2
-    training = learner["moments"]["training pass"]
-    assert training["weights gathered from the ranks, bf16"] == 2 * (outside + 2 * block)
-    assert training["gradients sent to the ranks, float32"] == 4 * max(outside, block)
-    assert set(learner["moments"]["optimizer step"]) == {"denominators of AdamW, float32"}
-
-
-def test_a_sharded_rank_holds_its_share_of_the_critic(run_file: Path) -> None:
-    words = [str(run_file), "--gpus=8x80", "--json", "--learner.advantages.kind=gae", "--local.learner_ranks=4"]
-    alone, split = (
-        json.loads(run_command([*words, f"--learner.sharding={value}"])[0])["learner"]["held"]
-        for value in ("none", "full")
-    )
-    assert alone["critic with its optimizer"] == 18 * PARAMETERS
-    assert split["critic with its optimizer"] == 4 * PARAMETERS  # 16 bytes of a fourth, and no copy in bf16
-
-
 def test_a_learner_that_does_not_fit_names_the_keys_and_what_they_bring(run_file: Path) -> None:
     text, code = run_command([str(run_file), "--gpus=2x1.001", "--model.attention=eager"])
     assert code == 1
@@ -278,14 +212,6 @@ def test_a_learner_that_does_not_fit_names_the_keys_and_what_they_bring(run_file
     assert "With learner.activation_checkpointing = true: peak" in text
     assert "With learner.activation_checkpointing = true and learner.micro_batch_tokens = 64: peak" in text
     assert "The run fits." not in text
-
-
-def test_shards_are_a_remedy_for_several_ranks_unless_the_run_needs_whole_models(run_file: Path) -> None:
-    words = [str(run_file), "--gpus=8x1.001", "--local.learner_ranks=2"]
-    text, _ = run_command(words)
-    assert 'micro_batch_tokens = 64 and learner.sharding = "full": peak' in text
-    text, _ = run_command([*words, "--learner.vcpo.baseline=true", "--learner.loss.objective=policy_gradient"])
-    assert "learner.sharding" not in text
 
 
 def test_too_few_gpus_are_said(run_file: Path) -> None:

@@ -14,12 +14,12 @@ from palimpsest.services.learner.sharding.sharded_model import local_values
 
 @dataclass(frozen=True, slots=True)
 class SplitPolicy:
-    """A policy whose masters are split over the ranks: each rank averages its part."""
+    """A policy whose model is split over the ranks: each rank averages its part of the masters."""
 
     copy: Callable[[], torch.nn.Module]
     """Builds a sharded copy of the model in its own dtype. All ranks call it."""
-    gather: Callable[[list[float]], list[list[float]]]
-    """Returns the numbers of every rank, in rank order."""
+    gather: Callable[[list[float]], list[list[float]]] | None
+    """Returns the numbers of every rank, in rank order. None if each rank has all masters: those of an adapter."""
 
 
 @torch.no_grad()
