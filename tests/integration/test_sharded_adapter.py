@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from palimpsest.common.base_model import base_digest
 from tests.integration.test_lora_run import LORA, rescored
+from tests.learner_parts import families
 from tests.learner_parts.models import build
 from tests.processes.adapter_on_ranks import CASES, CRITIC, FAILING, ONE, UNEVEN
 from tests.processes.waiting import LIMIT_S
@@ -44,7 +45,9 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
     """Case -> results of each rank."""
     folder = tmp_path_factory.mktemp("adapters")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
-    models = [str(build(tied=True)), str(four_layers(folder / "deep"))]
+    models = [
+        str(build(tied=True)), str(four_layers(folder / "deep")), str(families.build("Qwen3-MoE", folder / "experts")),
+    ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, *launcher, "tests.processes.adapter_on_ranks", *models, str(folder)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S, check=False,

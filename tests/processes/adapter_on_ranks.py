@@ -1,6 +1,6 @@
 """Train an adapter under torchrun, on whole weights and on weights that are split over the ranks, and save both.
 
-torchrun --standalone --nproc-per-node=2 -m tests.processes.adapter_on_ranks MODEL DEEP FOLDER
+torchrun --standalone --nproc-per-node=2 -m tests.processes.adapter_on_ranks MODEL DEEP EXPERTS FOLDER
 """
 
 import copy
@@ -51,6 +51,7 @@ THREE = "three micro-batches on each rank"
 AGAIN = "packed rows, each layer computed again in the backward pass, a divergence from version 0"
 UNEVEN = "a rank without rows in one minibatch, and an average of the weights"
 CRITIC = "a critic with an adapter of its own"
+EXPERTS = "adapters on the attention of a mixture of experts"
 FORWARD = "a row on which the forward pass fails in the first layer"
 BACKWARD = "a row on which the backward pass fails"
 UPPER = "a row on which the backward pass fails, an adapter in the last of four layers only"
@@ -59,6 +60,7 @@ CASES: dict[str, list[list[Row]]] = {
     ONE: [some_rows("i", [20, 20])],
     THREE: [some_rows("j", [35, 35, 33, 33, 31, 31])],
     AGAIN: [some_rows("p", [20, 20, 9, 7])],
+    EXPERTS: [some_rows("x", [20, 20])],
     UNEVEN: [some_rows("c", [9, 30, 12]), some_rows("d", [21])],
     CRITIC: [[replace(row, truncated=i == 0) for i, row in enumerate(some_rows("e", [20, 18, 12]))]],
     **{case: [[*some_rows("l", [20, 18]), BAD], some_rows("m", [12])] for case in FAILING},
@@ -70,14 +72,14 @@ LOST = Version(3)
 
 def learner(case: str) -> LearnerConfig:
     average, again = case == UNEVEN, case == AGAIN
-    targets = ("layers.3.mlp.down_proj", "layers.3.self_attn.q_proj") if case == UPPER else LORA.targets
+    targets = {UPPER: ("layers.3.mlp.down_proj", "layers.3.self_attn.q_proj"), EXPERTS: ("q_proj", "v_proj")}
     return a_learner(
         advantages={"kind": "gae", "critic": {"lr": 2e-3}} if case == CRITIC else {},
         discrepancy={"band": "off"},
         proximal={"kind": "ewma_prox", "decay": 0.7} if average else {"kind": "bypass"},
         loss={"kl": {"weight": 0.1}} if again else {},
         optimizer=OPTIMIZER.model_dump(),
-        lora={"rank": LORA.rank, "alpha": LORA.alpha, "targets": targets},
+        lora={"rank": LORA.rank, "alpha": LORA.alpha, "targets": targets.get(case, LORA.targets)},
         micro_batch_tokens=40,
         layout="packed" if again else "padded",
     )
@@ -210,14 +212,14 @@ def walked(model: str, ranks: ProcessGroup) -> dict[str, Any]:
     }
 
 
-def main(model: str, deep: str, folder: Path) -> None:
-    """Save one file per case and rank. deep: a model of four layers."""
+def main(model: str, deep: str, experts: str, folder: Path) -> None:
+    """Save one file per case and rank. deep: a model of four layers. experts: a mixture."""
     torch.set_num_threads(1)
     ranks = ProcessGroup(equal_passes=True)
     alone = copy.copy(ranks)
     alone.equal_passes = False
     for case in CASES:
-        train = partial(results, case, deep if case == UPPER else model)
+        train = partial(results, case, {UPPER: deep, EXPERTS: experts}.get(case, model))
         saved = {"replicated": train(alone, split=False), "sharded": train(ranks, split=True)}
         torch.save(saved, folder / f"{case} {ranks.rank}.pt")
     torch.save(walked(model, ranks), folder / f"versions {ranks.rank}.pt")
@@ -225,4 +227,4 @@ def main(model: str, deep: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4]))
