@@ -5,7 +5,6 @@ TASK is a JSON object: lengths (tokens of each row), micro_batch_tokens, vocabul
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -44,9 +43,9 @@ Step = Callable[[], object]
 def main(mode: str, model: str, result: Path, task: dict[str, Any]) -> None:
     """Measure one mode; rank 0 writes the largest values of the ranks."""
     torch.set_num_threads(1)
-    ranks = ProcessGroup(
-        equal_passes=mode in SHARDED, together=int(os.environ["WORLD_SIZE"]) if mode == "context" else 1
-    )
+    ranks = ProcessGroup(equal_passes=mode in SHARDED)
+    if mode == "context":
+        ranks.share_rows(ranks.size)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before = _memory("VmRSS")
     batch = _rows(task["lengths"], task["vocabulary"])

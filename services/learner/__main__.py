@@ -57,8 +57,9 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     torch.set_num_threads(config.learner.threads)
     torch.manual_seed(config.run.seed)
     sharded = config.learner.sharding != "none"
-    ranks = ProcessGroup(equal_passes=sharded, together=config.learner.context_parallel)
-    refuse_disagreement(config, ranks)
+    ranks = ProcessGroup(equal_passes=sharded)
+    refuse_disagreement(config, ranks)  # before anything that all ranks must do alike
+    ranks.share_rows(config.learner.context_parallel)
     if server is not None:
         server.doing = "the model to be loaded"
         refuse_tokenizer(config.model.path)

@@ -58,10 +58,8 @@ class Context:
 class ProcessGroup:
     """The ranks of the learner, and the rank and device of this process."""
 
-    def __init__(self, *, equal_passes: bool = False, together: int = 1) -> None:
-        """equal_passes: whether all ranks must make equally many passes, because each pass needs all of them. together:
-        consecutive ranks that share each row (learner.context_parallel). Raises UserError if it divides no rank count.
-        """
+    def __init__(self, *, equal_passes: bool = False) -> None:
+        """equal_passes: whether all ranks must make equally many passes, because each pass needs all of them."""
         self.equal_passes = equal_passes
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
@@ -74,6 +72,19 @@ class ProcessGroup:
             dist.init_process_group(backend, timeout=TIME_LIMIT)
         elif equal_passes:  # a single rank shards over itself
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        self.together = 1
+        self.shares, self.share = self.size, self.rank
+        """Number of shares of the rows, and the one of this rank. Ranks that share rows have the same."""
+        self.context: Context | None = None
+        self.completes_passes = True
+        """Whether a pass that fails on a row can be completed, and its rows be searched. Not if ranks share rows: their
+        attention layers exchange keys in each pass."""
+
+    def share_rows(self, together: int) -> None:
+        """Let consecutive ranks share each row (learner.context_parallel). All ranks must call it with the same number.
+
+        Raises UserError if it does not divide the number of ranks.
+        """
         if self.size % together:
             raise UserError(
                 f"learner.context_parallel is {together}, but the learner has {self.size} ranks, which it does not "
@@ -81,11 +92,8 @@ class ProcessGroup:
             )
         self.together = together
         self.shares, self.share = self.size // together, self.rank // together
-        """Number of shares of the rows, and the one of this rank. Ranks that share rows have the same."""
         self.context = _context(self.size, self.rank, together) if together > 1 else None
         self.completes_passes = together == 1
-        """Whether a pass that fails on a row can be completed, and its rows be searched. Not if ranks share rows: their
-        attention layers exchange keys in each pass."""
 
     @property
     def is_rank0(self) -> bool:

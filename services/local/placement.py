@@ -28,7 +28,14 @@ class Placement:
 
 
 def place(config: RunConfig, visible: Sequence[str]) -> Placement:
-    """Assign the visible GPUs. Without any, no process gets an entry. Raises UserError if the run does not fit them."""
+    """Assign the visible GPUs. Without any, no process gets an entry. Raises UserError if the run does not fit them, or
+    if its ranks cannot share rows."""
+    ranks, together = config.local.learner_ranks, config.learner.context_parallel
+    if ranks % together:
+        raise UserError(
+            f"learner.context_parallel is {together}, and local.learner_ranks is {ranks}, which it does not divide: "
+            f"change one of them"
+        )
     wanted, given = gpus_wanted(config), config.local.gpus.model_dump()
     if not visible:
         if keys := [f"local.gpus.{kind}" for kind, numbers in given.items() if numbers is not None]:

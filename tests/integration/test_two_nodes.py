@@ -50,10 +50,19 @@ def test_a_learner_of_two_nodes_continues_from_its_checkpoint_when_a_rank_is_kil
     check_whole_groups(check_ledger(services.home), groups=versions_in_all * 4, samples=4)
 
 
-def test_nodes_that_disagree_end_with_the_difference(services: Services) -> None:
-    services.nodes(NODES, {"node-1": ("--learner.optimizer.lr=0.5",)})
+SHARING = ("--learner.context_parallel=2", "--learner.layout=packed", "--model.attention=sdpa")
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [(("--learner.optimizer.lr=0.5",), "learner.optimizer.lr is 0.5, not"), (SHARING, "context_parallel is 2, not 1")],
+)
+def test_nodes_that_disagree_end_with_the_difference(
+    flags: tuple[str, ...], difference: str, services: Services
+) -> None:
+    services.nodes(NODES, {"node-1": flags})
     for name in NODES:
         assert services.process(name).wait(timeout=WITHIN_S) == ExitCode.CONFIGURATION
         log = services.log(name).read_text()
         assert "rank 1 of the learner" in log
-        assert "learner.optimizer.lr is 0.5, not" in log
+        assert difference in log

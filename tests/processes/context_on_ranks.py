@@ -51,7 +51,8 @@ EXPERTS = "a mixture with replayed experts"
 def main(folders: dict[str, str], experts: str, folder: Path) -> None:
     """Save one file per family and rank."""
     torch.set_num_threads(1)
-    ranks = ProcessGroup(equal_passes=True, together=TOGETHER)
+    ranks = ProcessGroup(equal_passes=True)
+    ranks.share_rows(TOGETHER)
     mesh = init_device_mesh("cpu", (ranks.size,))
     assert ranks.context is not None
     torch.save(attention(ranks.context), folder / f"attention {ranks.rank}.pt")
@@ -162,7 +163,8 @@ def keep(context: Context, values: torch.Tensor) -> torch.Tensor:
 
 def failing(model: str) -> None:
     """Train a version; the MLP of rank 1 fails on its tokens."""
-    ranks = ProcessGroup(equal_passes=True, together=TOGETHER)
+    ranks = ProcessGroup(equal_passes=True)
+    ranks.share_rows(TOGETHER)
     files = ModelFiles(
         model, "sdpa", init_device_mesh("cpu", (ranks.size,)), ranks.device, layout="packed", context=ranks.context
     )

@@ -3,7 +3,10 @@
 import pytest
 
 from palimpsest.common.config import load
+from palimpsest.common.service import Stop
 from palimpsest.common.user_error import UserError
+from palimpsest.services.learner import distributed
+from palimpsest.services.learner.__main__ import _train
 from palimpsest.services.learner.agreement import OF_A_NODE, ConfigOfRank, disagreement, refuse_disagreement
 from palimpsest.services.learner.distributed import ProcessGroup
 from tests.runs.run_process import ROOT
@@ -54,6 +57,22 @@ def started(*flags: str) -> ProcessGroup:
     for own in ((), flags):
         refuse_disagreement(load([str(ROOT / "examples" / "embedded.toml"), *own], {}, program="").config, ranks)
     return ranks
+
+
+def test_ranks_that_disagree_are_refused_before_they_form_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group of ranks that share rows waits for all ranks. A rank with another number of them would never come."""
+
+    class Disagreeing(ProcessGroup):
+        def all_gather_object(self, value: ConfigOfRank) -> list[ConfigOfRank]:  # type: ignore[override]
+            return [ONE, value]
+
+        def share_rows(self, together: int) -> None:
+            raise AssertionError("this rank waits for the others without end")
+
+    monkeypatch.setattr(distributed, "ProcessGroup", Disagreeing)
+    config = load([str(ROOT / "examples" / "embedded.toml")], {}, program="").config
+    with pytest.raises(UserError, match=r"rank 1 of the learner .* was not started as rank 0"):
+        _train(config, Stop(), None)
 
 
 @pytest.mark.parametrize("flag", ["learner.host=127.0.0.2", "learner.port=7777", "learner.threads=3", "run.folder=x"])

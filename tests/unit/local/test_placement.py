@@ -29,6 +29,14 @@ def test_a_machine_without_gpus_gets_no_entries(tmp_path: Path) -> None:
     assert placed(tmp_path, 0, "--local.learner_ranks=2") == {}
 
 
+@pytest.mark.parametrize("visible", [0, 4])
+def test_ranks_that_cannot_share_rows_are_refused(visible: int, tmp_path: Path) -> None:
+    keys = ("--learner.context_parallel=2", "--learner.sharding=full", "--learner.layout=packed")
+    with pytest.raises(UserError, match=r"learner\.context_parallel is 2, and local\.learner_ranks is 3"):
+        placed(tmp_path, visible, *keys, "--local.learner_ranks=3")
+    assert len(placed(tmp_path, 4, *keys, "--local.learner_ranks=2")["learner"]) == 2
+
+
 def test_a_single_gpu_is_shared(tmp_path: Path) -> None:
     shared = placed(tmp_path, 1, "--rollout.engine.gpu_memory_utilization=0.4")
     assert shared == {"worker-0": ("0",), "learner": ("0",)}
