@@ -5,6 +5,7 @@ Such ranks would compute different sums, or wait for each other without end.
 
 import socket
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -59,4 +60,8 @@ def disagreement(starts: list[ConfigOfRank]) -> str | None:
 
 
 def _packages() -> dict[str, Any]:
-    return {"version of palimpsest": __version__, "version of torch": torch.__version__}
+    return {
+        "version of palimpsest": __version__,
+        "version of torch": torch.__version__,
+        "version of transformers": version("transformers"),
+    }

@@ -12,6 +12,7 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,13 @@ class EndpointLimits:
     seconds: float
     request_s: float
     """Seconds of one request."""
+
+
+class _Lookups(ThreadPoolExecutor):
+    """Looks up the addresses of hosts. A lookup cannot be interrupted, so the end of a request does not wait for it."""
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002
+        super().shutdown(wait=False, cancel_futures=cancel_futures)
 
 
 class LimitedEndpoint:
@@ -126,6 +134,7 @@ class LimitedEndpoint:
 
     async def _post(self, body: bytes) -> tuple[int, bytes]:
         """Return the status and the body. Only the caller limits the time, for a server can send byte after byte."""
+        asyncio.get_running_loop().set_default_executor(_Lookups(max_workers=1))
         content = bytearray()
         async with (
             httpx.AsyncClient(timeout=httpx.Timeout(None)) as client,

@@ -1,6 +1,8 @@
 """Limits of a session at an OpenAI-compatible endpoint, against a real HTTP server."""
 
 import json
+import socket
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -115,6 +117,24 @@ def test_the_limit_of_seconds_is_that_of_the_session() -> None:
         with pytest.raises(EndpointFailed, match=r"has spent 0.5 s at http.*its limit; the last attempt: no complete"):
             limited.complete(REQUEST)
         assert limited.requests == 1
+
+
+def test_a_lookup_of_the_host_that_hangs_ends_with_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    released, ended = threading.Event(), threading.Event()
+
+    def hanging(*_: object, **__: object) -> None:
+        released.wait(60.0)
+        ended.set()
+        raise socket.gaierror("no such host")
+
+    monkeypatch.setattr(socket, "getaddrinfo", hanging)
+    limits = EndpointLimits(64, 10**6, 0.5, LONG_S)
+    try:
+        with pytest.raises(EndpointFailed, match=r"has spent 0.5 s at http://user.example"):
+            LimitedEndpoint("http://user.example/v1", "", limits).complete(REQUEST)
+        assert not ended.is_set(), "the call waited for the lookup"
+    finally:
+        released.set()
 
 
 def test_seconds_add_up_over_calls() -> None:

@@ -5,7 +5,7 @@ import pytest
 from palimpsest.common.config import load
 from palimpsest.common.service import Stop
 from palimpsest.common.user_error import UserError
-from palimpsest.services.learner import distributed
+from palimpsest.services.learner import agreement, distributed
 from palimpsest.services.learner.__main__ import _train
 from palimpsest.services.learner.agreement import OF_A_NODE, ConfigOfRank, disagreement, refuse_disagreement
 from palimpsest.services.learner.distributed import ProcessGroup
@@ -79,6 +79,14 @@ def test_ranks_that_disagree_are_refused_before_they_form_groups(monkeypatch: py
 def test_addresses_and_paths_of_a_machine_may_differ(flag: str) -> None:
     assert flag.partition("=")[0] in OF_A_NODE
     started(f"--{flag}")
+
+
+def test_versions_of_packages_must_be_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version of transformers may compute other values."""
+    installed = iter(["4.1", "4.2"])
+    monkeypatch.setattr(agreement, "version", lambda name: next(installed))
+    with pytest.raises(UserError, match=r"version of transformers is '4\.2', not '4\.1'"):
+        started()
 
 
 @pytest.mark.parametrize("flag", ["learner.optimizer.lr=0.5", "run.seed=9", "sampling.temperature=0.5", "run.id=b"])
