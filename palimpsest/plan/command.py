@@ -15,10 +15,10 @@ from palimpsest.common.user_error import UserError
 from palimpsest.plan import text
 from palimpsest.plan.causes import Memory
 from palimpsest.plan.engine_memory import engine_memory
-from palimpsest.plan.gpus import Gpus, needed, parse
+from palimpsest.plan.gpus import CONTEXT, Gpus, needed, parse
 from palimpsest.plan.learner_memory import learner_memory, pass_shape
 from palimpsest.plan.plan import Plan
-from palimpsest.plan.rehearsal import ModelSize, PassShape, rehearse
+from palimpsest.plan.rehearsal import PassShape, Rehearsed, rehearse
 
 PROGRAM = "palimpsest plan"
 USAGE = f"""\
@@ -49,10 +49,12 @@ def make_plan(config: RunConfig, gpus: Gpus) -> Plan:
     longest = config.sampling.max_trajectory_tokens
     assert longest is not None
     shape = pass_shape(config.learner, longest, config.model.attention)
-    memory, model = _learner(config, shape)
+    rehearsed = rehearse(config.model.path, shape)
+    model, memory = rehearsed.model, _learner(config, shape, rehearsed)
     engine = config.rollout.engine
     places = needed(config, gpus)
-    room = gpus.usable_beside(places.engine_share)
+    replica = CONTEXT + model.weights + rehearsed.scoring
+    room = gpus.usable_beside(places.engine_share, places.replicas_beside * replica)
     remedies = () if memory.peak <= room else tuple(_remedies(config, longest))
     return Plan(
         gpus=gpus,
@@ -69,10 +71,8 @@ def make_plan(config: RunConfig, gpus: Gpus) -> Plan:
     )
 
 
-def _learner(config: RunConfig, shape: PassShape) -> tuple[Memory, ModelSize]:
-    rehearsed = rehearse(config.model.path, shape)
-    ranks = config.local.learner_ranks
-    return learner_memory(config.learner, rehearsed, shape, ranks=ranks, gpu=True), rehearsed.model
+def _learner(config: RunConfig, shape: PassShape, rehearsed: Rehearsed) -> Memory:
+    return learner_memory(config.learner, rehearsed, shape, ranks=config.local.learner_ranks, gpu=True)
 
 
 def _remedies(config: RunConfig, longest: int) -> list[tuple[tuple[str, ...], int]]:
@@ -96,7 +96,7 @@ def _remedies(config: RunConfig, longest: int) -> list[tuple[tuple[str, ...], in
         config = changed
         tried.append(name)
         shape = pass_shape(config.learner, longest, config.model.attention)
-        found.append((tuple(tried), _learner(config, shape)[0].peak))
+        found.append((tuple(tried), _learner(config, shape, rehearse(config.model.path, shape)).peak))
     return found
 
 

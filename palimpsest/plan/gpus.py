@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from palimpsest.common.config.schema import RunConfig, VllmEngineConfig
 from palimpsest.common.user_error import UserError
 from palimpsest.plan.causes import GIB
-from palimpsest.services.local.placement import ENGINES, LEARNER, gpus_wanted, place
+from palimpsest.services.local.placement import ENGINES, LEARNER, REPLICAS, gpus_wanted, place
 
 CONTEXT = GIB
 """Bytes of a GPU that a process needs besides its tensors: CUDA context, kernels, communication buffers. Assumed."""
@@ -26,9 +26,10 @@ class Gpus:
         """Bytes of a GPU for the tensors of a process."""
         return int(self.gib * GIB) - CONTEXT
 
-    def usable_beside(self, share: float) -> int:
-        """Bytes of a GPU for the tensors of a process beside others that take a share of the GPU."""
-        return self.usable - int(share * self.gib * GIB)
+    def usable_beside(self, share: float, replicas: int) -> int:
+        """Bytes of a GPU for the tensors of a process beside engines that take a share of the GPU, and beside replicas
+        that need so many bytes."""
+        return self.usable - int(share * self.gib * GIB) - replicas
 
     def __str__(self) -> str:
         return f"{self.number}x{self.gib:g}"
@@ -54,6 +55,8 @@ class Needed:
     """Why `palimpsest run` would refuse to start on these GPUs."""
     engine_share: float = 0.0
     """Largest share of a GPU of the learner that engines on it take."""
+    replicas_beside: int = 0
+    """Largest number of replicas on a GPU of the learner."""
 
     @property
     def number(self) -> int:
@@ -66,21 +69,23 @@ class Needed:
             for name, number in (("engines", self.engines), ("the learner", self.ranks), ("replicas", self.replicas))
             if number
         ]
-        return f"{self.number} ({', '.join(parts)}){', and processes share one' if self.engine_share else ''}"
+        shared = self.engine_share or self.replicas_beside
+        return f"{self.number} ({', '.join(parts)}){', and processes share one' if shared else ''}"
 
 
 def needed(config: RunConfig, gpus: Gpus) -> Needed:
     """Place the processes as `palimpsest run` does, and return the GPUs that they need."""
     wanted = gpus_wanted(config)
     numbers = {kind: sum(processes.values()) for kind, processes in wanted.items()}
-    refused, share = None, 0.0
+    refused, share, beside = None, 0.0, 0
     try:
         placed = place(config, [str(number) for number in range(gpus.number)]).gpus
     except UserError as error:
         refused = str(error)
     else:
         engine = config.rollout.engine
-        used = [gpu for name in wanted[ENGINES] for gpu in placed[name]]
+        used = {kind: [gpu for name in wanted[kind] for gpu in placed[name]] for kind in (ENGINES, REPLICAS)}
+        beside = max(used[REPLICAS].count(gpu) for gpu in placed[LEARNER])
         if isinstance(engine, VllmEngineConfig):
-            share = engine.gpu_memory_utilization * max(used.count(gpu) for gpu in placed[LEARNER])
-    return Needed(numbers[ENGINES], numbers[LEARNER], numbers["replicas"], refused, share)
+            share = engine.gpu_memory_utilization * max(used[ENGINES].count(gpu) for gpu in placed[LEARNER])
+    return Needed(numbers[ENGINES], numbers[LEARNER], numbers[REPLICAS], refused, share, beside)

@@ -20,7 +20,7 @@ class Plan:
     """None without a vLLM engine."""
     needed: Needed
     learner_room: int
-    """Bytes of a GPU for the tensors of a rank, beside engines on the same GPU."""
+    """Bytes of a GPU for the tensors of a rank, beside engines and replicas on the same GPU."""
     remedies: tuple[tuple[tuple[str, ...], int], ...]
     """Keys with values that lower the learner's peak, and the peak with them in bytes; empty if the learner fits."""
     live_tokens: int

@@ -27,7 +27,9 @@ def render(plan: Plan) -> str:
         lines += [f"in addition during: {moment.name}", *(_line(cause) for cause in moment.causes)]
     lines.append(_sum(f"peak, {learner.largest.name}", learner.peak))
     engines = f" and {plan.needed.engine_share:.0%} for engines" if plan.needed.engine_share else ""
-    lines.append(_sum(f"a GPU of {plan.gpus.gib:g} GiB, less {gib(CONTEXT)} for CUDA{engines}", plan.learner_room))
+    replicas = f" and {plan.needed.replicas_beside} of replicas" if plan.needed.replicas_beside else ""
+    others = f"{gib(CONTEXT)} for CUDA{engines}{replicas}"
+    lines.append(_sum(f"a GPU of {plan.gpus.gib:g} GiB, less {others}", plan.learner_room))
     if learner.host:
         lines.append(_sum("in the host's memory, for each rank", sum(cause.size for cause in learner.host)))
     lines += ["", *_engine(plan), *plan.misfits()]

@@ -11,7 +11,7 @@ from palimpsest.common.config.schema import RunConfig, VllmEngineConfig
 from palimpsest.common.user_error import UserError
 from palimpsest.services.local.visible_gpus import VARIABLE
 
-ENGINES, LEARNER = "engines", "learner"
+ENGINES, LEARNER, REPLICAS = "engines", "learner", "replicas"
 ENGINES_ALONE, ENGINES_BESIDE = 0.9, 0.5
 """Maximum share of a GPU for the engines on it: several engines alone, and engines beside a learner or a replica."""
 
@@ -60,7 +60,7 @@ def gpus_wanted(config: RunConfig) -> dict[str, dict[str, int]]:
     return {
         ENGINES: {f"worker-{i}": width for i in range(local.rollout_workers)},
         LEARNER: {LEARNER: local.learner_ranks},
-        "replicas": {f"replica-{i}": 1 for i in range(config.replica_count)},
+        REPLICAS: {f"replica-{i}": 1 for i in range(config.replica_count)},
     }
 
 
@@ -114,7 +114,7 @@ def _refuse_full(config: RunConfig, numbers: Mapping[str, Sequence[int]]) -> Non
         return
     for gpu in sorted(set(numbers[ENGINES])):
         engines = list(numbers[ENGINES]).count(gpu)
-        others = [_text(kind) for kind in (LEARNER, "replicas") if gpu in numbers[kind]]
+        others = [_text(kind) for kind in (LEARNER, REPLICAS) if gpu in numbers[kind]]
         most = (ENGINES_BESIDE if others else ENGINES_ALONE) / engines
         if (engines > 1 or others) and engine.gpu_memory_utilization > most:
             sharing = " and ".join([f"{engines} engine{'s' if engines > 1 else ''}", *others])
@@ -135,4 +135,4 @@ def _shares(numbers: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
 
 
 def _text(kind: str) -> str:
-    return {ENGINES: "the engines", LEARNER: "the ranks of the learner", "replicas": "the replicas"}[kind]
+    return {ENGINES: "the engines", LEARNER: "the ranks of the learner", REPLICAS: "the replicas"}[kind]
