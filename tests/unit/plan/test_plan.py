@@ -247,18 +247,6 @@ def test_gpus_that_the_run_lists_are_planned_as_listed(run_file: Path) -> None:
     assert json.loads(run_command([*words, apart, "--json"])[0])["gpus"]["usable_bytes"] == 79 * 2**30
 
 
-def test_a_replica_on_the_learners_gpu_takes_room(run_file: Path) -> None:
-    words = [str(run_file), "--gpus=2x80", "--rollout.engine.kind=vllm", "--learner.proximal.kind=replica", "--json"]
-    rooms = []
-    for gpu in (0, 1):
-        keys = f'--local.gpus={{"engines" = [0], "learner" = [1], "replicas" = [{gpu}]}}'
-        plan = json.loads(run_command([*words, "--rollout.engine.gpu_memory_utilization=0.25", keys])[0])
-        rooms.append(plan["gpus"]["usable_bytes"])
-    apart, beside = rooms
-    assert apart == 79 * 2**30
-    assert apart - beside > 2**30 + plan["model"]["bytes"], "CUDA, weights, and the tensors of a scoring pass"
-
-
 def test_the_largest_moment_sets_the_peak() -> None:
     memory = Memory(
         (Cause("weights", 10), Cause("masters", 20)),

@@ -13,6 +13,7 @@ from palimpsest.services.learner.batch.batching import Row
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.policy import token_logprobs_and_entropy
 from palimpsest.services.learner.model.trainable import TrainablePolicy
+from palimpsest.services.learner.training.host_memory import HeapTrimmer
 from tests.learner_parts.models import CurrentModel, load, train
 from tests.records.builders import UNCORRECTED, a_learner, a_row
 
@@ -123,3 +124,14 @@ def test_the_entropy_bonus_adds_its_share(starting_model: Path) -> None:
             _, entropy = token_logprobs_and_entropy(model, torch.from_numpy(row.tokens)[None].long(), torch.ones(1, 1))
         mean += float(entropy[0, torch.from_numpy(row.versions >= 0)].sum()) / count
     assert loss(0.0) - loss(0.5) == pytest.approx(0.5 * mean, rel=2e-3)
+
+
+def test_a_version_trained_on_a_cpu_may_trim_the_heap(starting_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions: list[HeapTrimmer] = []
+    monkeypatch.setattr(HeapTrimmer, "after_version", lambda self: versions.append(self))
+    model = load(starting_model)
+    train(
+        TrainablePolicy(model, OptimizerConfig()), CurrentModel(model), ProcessGroup(), [rows(2), rows(2)], Version(0),
+        config=a_learner(),
+    )  # fmt: skip
+    assert len(versions) == 1
