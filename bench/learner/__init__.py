@@ -1,6 +1,6 @@
 """A training step of the learner: replicated, sharded, packed, and a bare FSDP2 loop with the same model and batch.
 
-    .venv/bin/python -m bench learner [--ranks 2] [--layers 8] [--hidden 512] [--rows 8] [--length 512]
+    .venv/bin/python -m bench learner [--ranks 2 [4 ...]] [--layers 8] [--hidden 512] [--rows 8] [--length 512]
     .venv/bin/python -m bench learner --shortest 64 --micro-batch-tokens 1024 --modes replicated packed
     .venv/bin/python -m bench learner --growth 2048 8192 32768 --layers 2 --hidden 128 --vocabulary 4096
 
@@ -24,7 +24,8 @@ that in an all-reduce.
 
 Prints one JSON line: settings, and of each mode tokens_per_s, seconds, cpu_seconds, peak_bytes and moved_bytes (the
 largest of the ranks); step_ratio_to_bare (bare seconds / sharded seconds), cpu_ratio_to_bare, peak_ratio_to_replicated
-(sharded / replicated), packed_speedup and packed_cpu_speedup (replicated / packed), as far as their modes ran.
+(sharded / replicated), packed_speedup and packed_cpu_speedup (replicated / packed), as far as their modes ran. With
+several numbers of ranks, the line has such an object for each of them, under `of_ranks`.
 
 With `--growth`, each number is a step of one rank on so many tokens, packed and with activation checkpointing: as one
 row, and as rows of the first number. Everything but the attention does the same in both, so the second column shows
@@ -57,7 +58,9 @@ def main(words: Sequence[str]) -> dict[str, Any]:
     arguments = argparse.ArgumentParser(
         prog="python -m bench learner", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    arguments.add_argument("--ranks", type=int, default=2, help="ranks of the learner (default 2)")
+    arguments.add_argument(
+        "--ranks", nargs="+", type=int, default=[2], help="ranks of the learner, one or several numbers (default 2)"
+    )
     arguments.add_argument("--layers", type=int, default=8, help="layers of the model (default 8)")
     arguments.add_argument("--hidden", type=int, default=512, help="hidden size (default 512)")
     arguments.add_argument("--vocabulary", type=int, default=32768, help="vocabulary entries (default 32768)")
@@ -73,7 +76,8 @@ def main(words: Sequence[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         if options["growth"]:
             return _growth(Path(folder), options)
-        return _compared(Path(folder), options)
+        results = [_compared(Path(folder) / str(ranks), options | {"ranks": ranks}) for ranks in options["ranks"]]
+    return results[0] if len(results) == 1 else {"of_ranks": results}
 
 
 def _compared(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
