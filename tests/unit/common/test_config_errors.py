@@ -341,9 +341,10 @@ def test_ranks_share_rows_only_where_they_compute_what_one_rank_would(run: Path)
     loaded(run, *shared)
     for other in ("--learner.sharding=none", "--learner.layout=padded", "--learner.sharding=hybrid"):
         assert 'context_parallel = 2 needs sharding = "full" and layout = "packed"' in refused(run, *shared, other)
-    message = refused(run, *shared, "--learner.proximal.kind=ewma_prox")
-    assert 'proximal.kind = "ewma_prox" was not tried with context_parallel = 2' in message
+    assert 'kind = "ewma_prox" was not tried with' in refused(run, *shared, "--learner.proximal.kind=ewma_prox")
     assert 'advantages.kind = "gae" has a critic' in refused(run, *shared, "--learner.advantages.kind=gae")
     assert "lora.rank = 4 was not tried" in refused(run, *shared, "--learner.lora.rank=4")
+    adapter = ("--learner.sharding=full", "--learner.lora.rank=4", "--learner.publishing=background")
+    assert 'publishing = "background" was not tried with lora.rank = 4' in refused(run, *adapter)
     message = refused(run, *shared, "--model.attention=flash_attention_2")
     assert 'learner.context_parallel = 2 needs model.attention = "sdpa"' in message
