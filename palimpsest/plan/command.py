@@ -72,7 +72,8 @@ def make_plan(config: RunConfig, gpus: Gpus) -> Plan:
 
 
 def _learner(config: RunConfig, shape: PassShape, rehearsed: Rehearsed) -> Memory:
-    return learner_memory(config.learner, rehearsed, shape, ranks=config.local.learner_ranks, gpu=True)
+    ranks, samples = config.local.learner_ranks, config.tasks.samples_per_group
+    return learner_memory(config.learner, rehearsed, shape, ranks=ranks, samples=samples, gpu=True)
 
 
 def _remedies(config: RunConfig, longest: int) -> list[tuple[tuple[str, ...], int]]:

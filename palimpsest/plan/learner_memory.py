@@ -3,17 +3,22 @@
 Without sharding, every rank holds the whole model and its optimizer (services/learner/model/trainable.py). With it,
 each rank holds a share of the float32 masters, which are cast while a block is gathered, and of all that has their
 shape (docs/sharding.md). With an adapter, the base is held once, and everything else has the adapter's shape
-(docs/lora.md). With both, each rank holds all of the adapter, and a share of the base for each model.
+(docs/lora.md). With both, each rank holds all of the adapter, and a share of the base for each model. The arrays of the
+loss are those of a batch whose rows all have the greatest length.
 """
 
 from palimpsest.common.config.learner import AVERAGES, LearnerConfig
 from palimpsest.common.config.proximal import PROXIMAL_KINDS
 from palimpsest.plan.causes import Cause, Memory, Moment
+from palimpsest.plan.loss_arrays import TOKENS, LossArrays, loss_arrays
 from palimpsest.plan.rehearsal import PassShape, Rehearsed
 from palimpsest.services.learner.model.logprobs import BLOCK_ENTRIES, BLOCK_ENTRIES_ELSEWHERE
 from palimpsest.services.learner.sharding.tensor_owners import largest_share
 
 FLOAT32, BFLOAT16 = 4, 2
+ROW = "sampling.max_trajectory_tokens"
+SCORING, TRAINING, STEP = "old log-probs", "training pass", "optimizer step"
+RESULTS = "minibatch: log-probs, weights and masks"
 AVERAGE, BASELINE = "average of the weights, float32", "gradients of the baseline, float32"
 BLOCKS_GATHERED = 2
 """Blocks whose weights are gathered at one time: the one that computes, and the next one."""
@@ -21,17 +26,27 @@ FLOAT32_BLOCKS = 3
 """Blocks of float32 logits that are live at one time in services/learner/model/logprobs.py."""
 
 
-def learner_memory(config: LearnerConfig, rehearsed: Rehearsed, shape: PassShape, *, ranks: int, gpu: bool) -> Memory:
-    """Return the memory of a rank. gpu: whether the rank runs on a GPU, where more logits are float32 at a time."""
+def learner_memory(
+    config: LearnerConfig, rehearsed: Rehearsed, shape: PassShape, *, ranks: int, samples: int, gpu: bool
+) -> Memory:
+    """Return the memory of a rank. samples: tasks.samples_per_group. gpu: whether the rank runs on a GPU, where more
+    logits are float32 at a time, and results of earlier minibatches are in the host's memory."""
     shares = ranks if config.sharding != "none" else 1
     of_trained = 1 if config.lora.rank else shares
-    optimizer, held = _optimizer(rehearsed, of_trained), _held(config, rehearsed, shares, of_trained)
+    optimizer, arrays = _optimizer(rehearsed, of_trained), loss_arrays(config)
+    batch, minibatch = (rows * shape.length for rows in _rows(config, shape, ranks=ranks, samples=samples))
+    held = [*_held(config, rehearsed, shares, of_trained), *_batch(arrays, batch)]
     copies = _copies(rehearsed, shares) if config.sharding != "none" and not config.lora.rank else ()
-    moments = tuple(_moments(config, rehearsed, shape, ranks=ranks, shares=of_trained, gpu=gpu))
+    results = _results(arrays, minibatch if gpu else batch, split=gpu and config.minibatches > 1)
+    moments = tuple(
+        _with_loss(moment, arrays, results, batch, shape)
+        for moment in _moments(config, rehearsed, shape, ranks=ranks, shares=of_trained, gpu=gpu)
+    )
     if config.offload == "optimizer":
         host = [cause for cause in held if cause.name in (AVERAGE, BASELINE)]  # where the masters are
         gpu_held = tuple(cause for cause in held if cause not in host)
-        return Memory(gpu_held, moments[:-1], host=(*optimizer, *host, *moments[-1].causes, *copies))
+        step = [cause for cause in moments[-1].causes if cause != results]
+        return Memory(gpu_held, moments[:-1], host=(*optimizer, *host, *step, *copies))
     first = held[:1] if _holds_weights(config) else []
     return Memory((*first, *optimizer, *held[len(first) :]), moments, host=copies)
 
@@ -53,6 +68,35 @@ def pass_shape(config: LearnerConfig, longest: int, attention: str) -> PassShape
 def _holds_weights(config: LearnerConfig) -> bool:
     """Whether a rank holds weights of the policy that compute, besides the masters."""
     return config.sharding == "none" or config.lora.rank > 0
+
+
+def _rows(config: LearnerConfig, shape: PassShape, *, ranks: int, samples: int) -> tuple[int, int]:
+    """Rows of a rank in a version, and in a minibatch. Every trajectory counts as one row."""
+    shares = ranks // shape.context
+    of_minibatch = -(-config.groups_per_batch // config.minibatches)
+    return -(-config.groups_per_batch * samples // shares), -(-of_minibatch * samples // shares)
+
+
+def _batch(arrays: LossArrays, entries: int) -> list[Cause]:
+    """What a rank holds for all rows of a version."""
+    keys = ("learner.groups_per_batch", "tasks.samples_per_group", ROW)
+    return [Cause(f"batch: {name}", size * entries, keys) for name, size in arrays.of_batch.items()]
+
+
+def _results(arrays: LossArrays, entries: int, *, split: bool) -> Cause:
+    keys = ("learner.groups_per_batch", "tasks.samples_per_group", ROW, *(("learner.minibatches",) if split else ()))
+    return Cause(RESULTS, arrays.of_results * entries, keys)
+
+
+def _with_loss(moment: Moment, arrays: LossArrays, results: Cause, batch: int, shape: PassShape) -> Moment:
+    """Add the arrays of the loss to those of the model."""
+    own: tuple[Cause, ...] = (results,)
+    if moment.name == SCORING:  # its passes have other rows together
+        own = (Cause("batches of the scoring passes", arrays.of_batch[TOKENS] * batch, results.keys[:3]),)
+    elif moment.name == TRAINING:
+        entries = len(shape.lengths) * shape.length
+        own = (results, Cause("loss of one pass", arrays.of_pass * entries, ("learner.micro_batch_tokens",)))
+    return Moment(moment.name, (*moment.causes, *own))
 
 
 def _optimizer(rehearsed: Rehearsed, shares: int) -> list[Cause]:
@@ -109,8 +153,8 @@ def _held(config: LearnerConfig, rehearsed: Rehearsed, shares: int, of_trained: 
 def _moments(
     config: LearnerConfig, rehearsed: Rehearsed, shape: PassShape, *, ranks: int, shares: int, gpu: bool
 ) -> list[Moment]:
-    row, tokens = "sampling.max_trajectory_tokens", "learner.micro_batch_tokens"
-    pass_keys = (tokens,) if shape.length < config.micro_batch_tokens else (row, tokens)
+    tokens = "learner.micro_batch_tokens"
+    pass_keys = (tokens,) if shape.length < config.micro_batch_tokens else (ROW, tokens)
     again = {0: ("learner.activation_checkpointing",), 1: ()}
     kept_keys = (*again.get(shape.activation_checkpointing, ("learner.activation_checkpointing_every",)), *pass_keys)
     chunk = ("learner.logprob_chunk_tokens",)
@@ -131,9 +175,9 @@ def _moments(
                     key=lambda cause: cause.size)]  # fmt: skip
     scoring = Cause("tensors of a scoring pass", rehearsed.scoring, pass_keys)
     return [
-        Moment("old log-probs", (scoring, *more, *gathered[:1], *_keys(rehearsed, shape, backward=False))),
-        Moment("training pass", training),
-        Moment("optimizer step", tuple(step)),
+        Moment(SCORING, (scoring, *more, *gathered[:1], *_keys(rehearsed, shape, backward=False))),
+        Moment(TRAINING, training),
+        Moment(STEP, tuple(step)),
     ]
 
 

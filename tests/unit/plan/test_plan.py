@@ -59,13 +59,9 @@ def test_the_plan_of_a_version_is_within_ten_percent_of_what_the_trainer_holds(
         checkpoint_activations(model, every=checkpointing)
     policy, source = TrainablePolicy(model, OptimizerConfig(lr=1e-3)), CurrentModel(model)
     learner = a_learner(
-        discrepancy=UNCORRECTED,
-        micro_batch_tokens=ROWS * LENGTH,
-        logprob_chunk_tokens=chunk,
-        activation_checkpointing=checkpointing > 0,
-        activation_checkpointing_every=max(1, checkpointing),
-        lora=lora,
-    )
+        discrepancy=UNCORRECTED, micro_batch_tokens=ROWS * LENGTH, groups_per_batch=1, logprob_chunk_tokens=chunk,
+        activation_checkpointing=checkpointing > 0, activation_checkpointing_every=max(1, checkpointing), lora=lora,
+    )  # fmt: skip
     rows = [
         a_row(f"r{i}", [3 + (i + t) % 200 for t in range(LENGTH)], [0] * LENGTH, advantage=(-1.0) ** i)
         for i in range(ROWS)
@@ -76,14 +72,15 @@ def test_the_plan_of_a_version_is_within_ten_percent_of_what_the_trainer_holds(
     with LiveBytes(held) as live:
         train(policy, source, ProcessGroup(), [rows], Version(1), config=learner)
 
-    shape = pass_shape(learner, LENGTH, "sdpa")
+    shape, samples = pass_shape(learner, LENGTH, "sdpa"), ROWS
     assert (shape.rows, shape.length) == (ROWS, LENGTH)
-    memory = learner_memory(learner, rehearse(str(tmp_path), shape), shape, ranks=1, gpu=False)
+    memory = learner_memory(learner, rehearse(str(tmp_path), shape), shape, ranks=1, samples=samples, gpu=False)
     assert memory.largest.size == pytest.approx(live.peak, rel=0.1)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in held)
-    without_the_old_version = memory.static - memory.held[-1].size
-    assert memory.held[-1].name == "weights of an old version"
-    assert without_the_old_version == pytest.approx(weights, rel=1e-3)  # AdamW's step counts are tensors too
+    others = [cause for cause in memory.held if cause.name == "weights of an old version" or "batch:" in cause.name]
+    assert len(others) == 4
+    without_others = memory.static - sum(cause.size for cause in others)
+    assert without_others == pytest.approx(weights, rel=1e-3)  # AdamW's step counts are tensors too
 
 
 @pytest.mark.parametrize("rank", [0, 8])
@@ -94,7 +91,9 @@ def test_the_plan_of_packed_rows_counts_no_padding(rank: int, tmp_path: Path) ->
     if rank:
         add_adapter(model, lora)
     policy, source = TrainablePolicy(model, OptimizerConfig(lr=1e-3)), CurrentRecompute(model, CPU)
-    learner = a_learner(discrepancy=UNCORRECTED, micro_batch_tokens=2 * LENGTH, layout="packed", lora=lora)
+    learner = a_learner(
+        discrepancy=UNCORRECTED, micro_batch_tokens=2 * LENGTH, groups_per_batch=1, layout="packed", lora=lora
+    )
     lengths = [LENGTH, *[LENGTH // 6] * 6]
     rows = [
         a_row(f"r{i}", [3 + (i + t) % 200 for t in range(length)], [0] * length, advantage=(-1.0) ** i)
@@ -107,9 +106,9 @@ def test_the_plan_of_packed_rows_counts_no_padding(rank: int, tmp_path: Path) ->
         result = train(policy, source, ProcessGroup(), [rows], Version(1), config=learner)
     assert len(result.micro_batches) == 1
 
-    shape = pass_shape(learner, LENGTH, "sdpa")
+    shape, samples = pass_shape(learner, LENGTH, "sdpa"), len(lengths)
     assert (shape.tokens, shape.packed) == (2 * LENGTH, True)
-    memory = learner_memory(learner, rehearse(str(tmp_path), shape), shape, ranks=1, gpu=False)
+    memory = learner_memory(learner, rehearse(str(tmp_path), shape), shape, ranks=1, samples=samples, gpu=False)
     assert memory.largest.size == pytest.approx(live.peak, rel=0.1)
     filled = pass_shape(learner.model_copy(update={"micro_batch_tokens": 2 * LENGTH + 50}), LENGTH, "sdpa")
     assert (filled.rows, filled.rest, filled.tokens) == (2, 50, 2 * LENGTH + 50)
@@ -122,7 +121,7 @@ def test_a_rank_that_shares_rows_holds_its_part_of_the_activations(tmp_path: Pat
     for context in (1, 2):
         shape = pass_shape(learner.model_copy(update={"context_parallel": context}), 8 * LENGTH, "sdpa")
         assert shape.own_tokens == 8 * LENGTH // context
-        memory = learner_memory(learner, rehearse(str(tmp_path), shape), shape, ranks=2, gpu=False)
+        memory = learner_memory(learner, rehearse(str(tmp_path), shape), shape, ranks=2, samples=2, gpu=False)
         causes = {cause.name: cause.size for cause in memory.moments[1].causes}
         kept.append(causes["activations kept for the backward pass"])
         keys = 2 * 2 * DENSE.num_key_value_heads * DENSE.head_dim
@@ -185,7 +184,8 @@ def test_bytes_held_all_the_time_are_those_of_the_parameters(run_file: Path) -> 
 def test_each_option_that_keeps_weights_is_a_cause(keys: list[str], names: set[str], run_file: Path) -> None:
     text, _ = run_command([str(run_file), "--gpus", "4x80", "--json", *keys])
     usual = {"weights", "masters, float32", "gradients, float32", "moments of AdamW, float32"}
-    assert set(json.loads(text)["learner"]["held"]) - usual == names
+    held = {name for name in json.loads(text)["learner"]["held"] if not name.startswith("batch:")}
+    assert held - usual == names
 
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
@@ -208,7 +208,7 @@ def test_a_learner_that_does_not_fit_names_the_keys_and_what_they_bring(run_file
     text, code = run_command([str(run_file), "--gpus=2x1.001", "--model.attention=eager"])
     assert code == 1
     assert "Does not fit: a rank of the learner needs" in text
-    assert "learner.activation_checkpointing, learner.logprob_chunk_tokens, learner.micro_batch_tokens" in text
+    assert "learner.activation_checkpointing, learner.groups_per_batch, learner.logprob_chunk_tokens" in text
     assert "With learner.activation_checkpointing = true: peak" in text
     assert "With learner.activation_checkpointing = true and learner.micro_batch_tokens = 64: peak" in text
     assert "The run fits." not in text
