@@ -9,10 +9,9 @@ import pytest
 from palimpsest.common.snapshots import frames
 from palimpsest.common.snapshots.client import SnapshotClient, StoreUnavailable, VersionConflict, VersionMissing
 from palimpsest.common.snapshots.manifest import Damaged
-from palimpsest.common.snapshots.writer import Writer
 from palimpsest.common.versions import Version
 from tests.servers.stored_weights import CANARIES, a_tensor, fetched, flip, plain, put, some_tensors
-from tests.servers.stores import FolderStore, eventually
+from tests.servers.stores import FolderStore, eventually, written_store
 from tools.backends.ports import free
 
 pytestmark = pytest.mark.servers
@@ -20,10 +19,7 @@ pytestmark = pytest.mark.servers
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[FolderStore]:
-    """A running, empty store with writer 1."""
-    with FolderStore(tmp_path / "snapshots", sweep_s=0.05) as served:
-        with SnapshotClient(served.url) as first:
-            Writer(first).begin()
+    with written_store(tmp_path / "snapshots") as served:
         yield served
 
 

@@ -28,17 +28,14 @@ from palimpsest.services.snapshot_store.app import create_app
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from tests.learner_parts.rank_threads import ShardedStore
 from tests.servers.stored_weights import CANARIES, RawTensor, a_tensor, fetched, flip, plain, put, some_tensors
-from tests.servers.stores import FolderStore, eventually
+from tests.servers.stores import FolderStore, eventually, written_store
 
 pytestmark = pytest.mark.servers
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[FolderStore]:
-    """A running, empty store with writer 1."""
-    with FolderStore(tmp_path / "snapshots", sweep_s=0.05) as served:
-        with SnapshotClient(served.url) as first:
-            Writer(first).begin()
+    with written_store(tmp_path / "snapshots") as served:
         yield served
 
 

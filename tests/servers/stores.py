@@ -4,13 +4,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
 import httpx
 
 from palimpsest.common.service import Server
+from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.snapshots.writer import Writer
 from palimpsest.services.snapshot_store.app import CLAIMS_KEEP_S, create_app
 from palimpsest.services.snapshot_store.storage import Storage
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
@@ -50,6 +53,15 @@ class FolderStore(ServedStore):
     def objects(self) -> dict[str, int]:
         """Files below objects/, including hidden ones -> size in bytes."""
         return {path.name: path.stat().st_size for path in self.folder.glob("objects/*")}
+
+
+@contextmanager
+def written_store(folder: Path) -> Iterator[FolderStore]:
+    """Serve an empty store over a folder, with writer 1."""
+    with FolderStore(folder, sweep_s=0.05) as served:
+        with SnapshotClient(served.url) as first:
+            Writer(first).begin()
+        yield served
 
 
 class StoreProcess:

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.common.config.env_gateway import AdapterConfig, EnvGatewayConfig
-from palimpsest.common.user_error import UserError
-from palimpsest.services.env_gateway.adapters import entries
+from palimpsest.common.config.env_gateway import AdapterConfig
 from palimpsest.services.env_gateway.adapters.tau2_users import names
-from palimpsest.services.env_gateway.child_limits import child_limits
 from palimpsest.services.env_gateway.processes.pool import Pool
+from tests.servers import outlined_checkouts
+from tests.servers.outlined_checkouts import one_child, outlined
 
 REGISTRY = """
 class Registry:
@@ -30,31 +29,18 @@ registry = Registry()
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A checkout whose tasks lack their data, and loguru, which it imports."""
-    folder = tmp_path / "tau2-bench"
-    package = folder / "src" / "tau2"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    data = f"from pathlib import Path\n\nDATA = Path({str(folder / 'data')!r})\n"
-    (package / "registry.py").write_text(data + REGISTRY)
-    (folder / "src" / "loguru.py").write_text("class logger:\n    disable = staticmethod(lambda name: None)\n")
-    return folder
+    return outlined(tmp_path / "tau2-bench", "tau2", REGISTRY)
 
 
 @pytest.fixture
 def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
-    limits, _ = child_limits(EnvGatewayConfig())
-    pool = Pool(limit=1, wait_s=60.0, call_limit_s=60.0, modules=getattr(request, "param", ()), limits=limits)
-    yield pool
-    pool.stop()
+    with one_child(getattr(request, "param", ())) as pool:
+        yield pool
 
 
 def refusal(pool: Pool, checkout: Path, **keys: str) -> str:
-    """The sentence with which the gateway refuses to start."""
-    config = AdapterConfig.model_validate({"kind": "tau2", "checkout": str(checkout), "user": "none", **keys})
-    with pytest.raises(UserError, match=r"env_gateway\.adapters\.it: ") as refused:
-        entries.entries(pool, entries.specs({"it": config}, taken=()))
-    return str(refused.value)
+    settings = AdapterConfig.model_validate({"kind": "tau2", "checkout": str(checkout), "user": "none", **keys})
+    return outlined_checkouts.refusal(pool, settings)
 
 
 @pytest.mark.servers

@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 
-from palimpsest.common.config.env_gateway import AdapterConfig, EnvGatewayConfig
-from palimpsest.common.user_error import UserError
+from palimpsest.common.config.env_gateway import AdapterConfig
 from palimpsest.services.env_gateway.adapters import entries, vitabench_models
 from palimpsest.services.env_gateway.adapters.adapter import AdapterUnusable
 from palimpsest.services.env_gateway.adapters.limited_endpoint import EndpointFailed
 from palimpsest.services.env_gateway.adapters.model_endpoints import judge_endpoint, user_endpoint
 from palimpsest.services.env_gateway.adapters.vitabench_models import Counter, JudgeFailed, Verdicts, judged
-from palimpsest.services.env_gateway.child_limits import child_limits
 from palimpsest.services.env_gateway.processes.pool import Pool
-from tests.servers import vita_models
+from tests.servers import outlined_checkouts, vita_models
 from tests.servers.chat_endpoint import ChatEndpoint, spoken
+from tests.servers.outlined_checkouts import one_child, outlined
 
 ENDPOINTS = {"url": "http://127.0.0.1:9", "user_model": "m", "judge_url": "http://127.0.0.1:9", "judge_model": "j"}
 REGISTRY = """
@@ -41,30 +40,17 @@ def settings(**keys: Any) -> AdapterConfig:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A checkout whose tasks lack their data, and loguru, which it imports."""
-    folder = tmp_path / "vitabench"
-    package = folder / "src" / "vita"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    data = f"from pathlib import Path\n\nDATA = Path({str(folder / 'data')!r})\n"
-    (package / "registry.py").write_text(data + REGISTRY)
-    (folder / "src" / "loguru.py").write_text("class logger:\n    disable = staticmethod(lambda name: None)\n")
-    return folder
+    return outlined(tmp_path / "vitabench", "vita", REGISTRY)
 
 
 @pytest.fixture
 def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
-    limits, _ = child_limits(EnvGatewayConfig())
-    pool = Pool(limit=1, wait_s=60.0, call_limit_s=60.0, modules=getattr(request, "param", ()), limits=limits)
-    yield pool
-    pool.stop()
+    with one_child(getattr(request, "param", ())) as pool:
+        yield pool
 
 
 def refusal(pool: Pool, checkout: Path, **keys: str) -> str:
-    """The sentence with which the gateway refuses to start."""
-    with pytest.raises(UserError, match=r"env_gateway\.adapters\.it: ") as refused:
-        entries.entries(pool, entries.specs({"it": settings(checkout=str(checkout), **keys)}, taken=()))
-    return str(refused.value)
+    return outlined_checkouts.refusal(pool, settings(checkout=str(checkout), **keys))
 
 
 @pytest.mark.servers
