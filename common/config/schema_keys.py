@@ -21,11 +21,11 @@ def unknown_key(key: Key, tag: str | None = None, by: str = "") -> str:
             continue
         section = ".".join(key[:depth])
         near = difflib.get_close_matches(key[depth], fields, n=1, cutoff=0.5)
-        elsewhere = _keys_named(key[depth], key[:depth]) or ([] if near else _keys_named(key[depth], ()))
+        elsewhere = _keys_ending(key[depth:], key[:depth]) or ([] if near else _keys_ending(key[depth:], ()))
         name = ".".join(key[: depth + 1])
         kinds = len(members_of(expected_type(key[:depth]))) > 1
         where = f"any kind of {section}" if kinds else f"[{section}]" if section else "a run"
-        if elsewhere and depth == len(key) - 1:
+        if elsewhere:
             return f"{name} is not a key of {where}; did you mean {_or(elsewhere)}?"
         if near:
             return f"{name} is not a key of {where}; did you mean {'.'.join((*key[:depth], near[0]))}?"
@@ -41,15 +41,15 @@ def unknown_key(key: Key, tag: str | None = None, by: str = "") -> str:
     return f'{".".join(key)} is not a key of {above} with kind = "{tag}"{by}; that has {", ".join(sorted(own))}'
 
 
-def _keys_named(name: str, section: Key) -> list[str]:
-    """Return the keys below a section that have this name, those of outer sections first; [] if more than three do."""
+def _keys_ending(tail: Key, section: Key) -> list[str]:
+    """Return the keys and sections below a section that end so, those of outer sections first; [] if more than three
+    do."""
     found, sections = list[str](), [section]
     for above in sections:  # grows while it is read
-        for own in fields_of(above) or {}:
-            if fields_of((*above, own)) is not None:
-                sections.append((*above, own))
-            elif own == name:
-                found.append(".".join((*above, own)))
+        fields = fields_of(above) or {}
+        if tail[0] in fields and expected_type((*above, *tail)) is not None:
+            found.append(".".join((*above, *tail)))
+        sections += [(*above, own) for own in fields if fields_of((*above, own)) is not None]
     return found if len(found) <= MOST_SUGGESTED else []
 
 
