@@ -65,7 +65,8 @@ def taken() -> Iterator[int]:
         ("--rollout.max_live=0", "rollout.max_live: input should be greater than 0, got 0"),
         ("--sampling.top_p=0.9", "sampling.top_p: 0.9 cannot be used for training: the engine would renormalize"),
         ("--sampling.top_k=20", "sampling.top_k: 20 cannot be used for training: the engine would renormalize"),
-        ("--rollout.top_p=0.9", "rollout.top_p is not a key of [rollout]; it has "),
+        ("--rollout.top_p=0.9", "rollout.top_p is not a key of [rollout]; did you mean sampling.top_p?"),
+        ("--rollout.turns=4", "rollout.turns is not a key of [rollout]; it has "),
     ],
 )
 def test_an_invalid_flag_is_refused(toml: Path, flag: str, says: str) -> None:
