@@ -23,7 +23,7 @@ def test_a_status_does_not_change_while_the_ledger_does() -> None:
     )
     ledger: TrajectoryLedger[str] = TrajectoryLedger(samples=2, groups_per_batch=2, max_staleness=1, time_limit_s=60)
     unused: Any = SimpleNamespace()
-    parts = SimpleNamespace(trainer=None, policy=None, state=None, ranks=None)
+    parts = SimpleNamespace(trainer=None, policy=None, state=None, ranks=None, shards=None)
     ingest = SimpleNamespace(ledger=ledger, reader=None, tasks=None, dead_letters=None)
     evaluator = SimpleNamespace(status=str, result=str)
     outputs = SimpleNamespace(writer=SimpleNamespace(epoch=1), publisher=None, checkpoints=None, evaluator=evaluator)
