@@ -134,11 +134,9 @@ def test_more_minibatches_than_groups_are_refused(run: Path) -> None:
         ("snapshotstore.port", "snapshot_store"),
         ("rollout.engine.kv_cache_gb", "rollout.engine.kv_cache_gib"),
         ("seed", "run.seed"),
-        ("versions", "learner.versions"),
         ("optimizer.lr", "learner.optimizer.lr"),
         ("learner.kl.weight", "learner.loss.kl.weight"),
         ("learner.lr", "learner.optimizer.lr or learner.advantages.critic.lr"),
-        ("learner.temperature", "sampling.temperature or evaluation.temperature"),
     ],
 )
 def test_a_misspelled_key_is_reported_with_the_nearest_one(run: Path, key: str, near: str) -> None:
