@@ -135,9 +135,8 @@ class ShardedWeights:
         self._send()
         try:
             self._store.put_manifest(manifest)
-        except (
-            ObjectMissing
-        ):  # the store restarted after it had received a part, or removed it because the manifest came an hour later
+        except ObjectMissing:
+            # the store restarted after it had received a part, or removed it because the manifest came an hour later
             self._send(again=True)
             self._store.put_manifest(manifest)
         return manifest

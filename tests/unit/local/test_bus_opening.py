@@ -47,11 +47,15 @@ def config(folder: Path, *, kind: str = "kafka") -> RunConfig:
 
 
 class Broker:
-    """A log that opens when `goes_on` is set."""
+    """A log that opens when `goes_on` is set, or once a line reports the wait."""
 
     def __init__(self, folder: Path, ends: Callable[[], None] = lambda: None) -> None:
         self._path, self._ends = folder / "bus.sqlite", ends
-        self.goes_on = threading.Event()
+        self.goes_on, self.lines = threading.Event(), list[str]()
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+        self.goes_on.set()
 
     def open(self, _: RunConfig) -> Bus:
         assert self.goes_on.wait(LIMIT_S)
@@ -61,16 +65,11 @@ class Broker:
 
 def test_the_wait_for_a_broker_and_its_end_are_printed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bus_opening, "SAY_S", 0.0)
-    broker, lines = Broker(tmp_path), list[str]()
-
-    def say(line: str) -> None:
-        lines.append(line)
-        broker.goes_on.set()
-
-    bus = open_run_bus(config(tmp_path), Stop(), say, how=broker.open)
+    broker = Broker(tmp_path)
+    bus = open_run_bus(config(tmp_path), Stop(), broker.say, how=broker.open)
     assert bus is not None
     bus.close()
-    assert lines == [
+    assert broker.lines == [
         f"waiting for Kafka at {UNREACHABLE}: start the broker, or correct bus.servers; Ctrl-C stops",
         f"Kafka at {UNREACHABLE} answers",
     ]
@@ -78,17 +77,12 @@ def test_the_wait_for_a_broker_and_its_end_are_printed_once(tmp_path: Path, monk
 
 def test_the_line_tells_why_the_broker_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bus_opening, "SAY_S", 0.0)
-    broker, lines = Broker(tmp_path), list[str]()
-
-    def say(line: str) -> None:
-        lines.append(line)
-        broker.goes_on.set()
-
+    broker = Broker(tmp_path)
     with OUTAGES.waiting() as call:
         call.record_failure(KAFKA, UNREACHABLE, f"{UNREACHABLE}: Connection refused", until=0.0)
-        with closing(open_run_bus(config(tmp_path), Stop(), say, how=broker.open)):  # type: ignore[type-var]
+        with closing(open_run_bus(config(tmp_path), Stop(), broker.say, how=broker.open)):  # type: ignore[type-var]
             pass
-    assert lines[0].startswith(f"waiting for Kafka at {UNREACHABLE} ({UNREACHABLE}: Connection refused) until ")
+    assert broker.lines[0].startswith(f"waiting for Kafka at {UNREACHABLE} ({UNREACHABLE}: Connection refused) until ")
 
 
 def test_a_log_that_opens_soon_prints_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
