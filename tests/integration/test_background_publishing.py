@@ -11,10 +11,9 @@ import pytest
 import structlog
 
 from palimpsest.common.control.desk import ControlDesk
-from palimpsest.common.snapshots.manifest import Manifest
+from palimpsest.common.snapshots.manifest import Canary, Manifest
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.loop import Loop
-from palimpsest.services.learner.publishing.publisher import PreparedVersion
 from palimpsest.services.learner.publishing.publishing import Checkpoint, Naming, Publishing
 from tests.simulation.cut_schedules import slow_polling
 from tests.simulation.learner_checks import run_and_check
@@ -136,7 +135,7 @@ def a_version_is_announced_before_its_checkpoint(patch: Patch) -> None:
     write = Publishing._write
 
     def written(
-        self: Publishing, version: Version, prepared: PreparedVersion, checkpoint: Checkpoint | None, now: float
+        self: Publishing, version: Version, prepared: tuple[Canary, ...], checkpoint: Checkpoint | None, now: float
     ) -> Manifest:
         manifest = write(self, version, prepared, None, now)
         if checkpoint is not None:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -21,13 +20,6 @@ from palimpsest.services.learner.publishing.version_weights import VersionWeight
 LEASE = "learner"
 RENEW_S = 3600.0
 """Seconds after which a learner that trains no version takes its lease again. The store ends a lease after a day."""
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedVersion:
-    """A version whose weights are copied: later changes of the model do not change it."""
-
-    canaries: tuple[Canary, ...]
 
 
 class Publisher:
@@ -52,20 +44,25 @@ class Publisher:
         self._bus, self._store, self._writer, self._run = bus, store, writer, run
         self.canaries = canaries
 
-    def prepare(self) -> PreparedVersion:
-        """Copy the model's weights, and score the canaries with them. Only the loop's thread may call it."""
-        self._weights.copy()
-        return PreparedVersion(self.canaries.made())
+    def prepare(self) -> tuple[Canary, ...]:
+        """Copy the model's weights, so that later changes of the model do not change the version. Return its canaries.
 
-    def publish(self, version: Version, *, now: float, prepared: PreparedVersion | None = None) -> Manifest:
-        """Store the weights, then announce the version. now: Unix time in seconds; prepared: None: the present weights.
+        Only the loop's thread may call it.
+        """
+        self._weights.copy()
+        return self.canaries.made()
+
+    def publish(self, version: Version, *, now: float, prepared: tuple[Canary, ...] | None = None) -> Manifest:
+        """Store the weights, then announce the version.
+
+        now: Unix time in seconds. prepared: result of `prepare`; None: prepare the present weights.
 
         Another thread may call it for the version that the loop's thread has prepared last.
 
         If storing fails, the version is not announced. Raises Fenced if another learner has the run; then the version
         is not announced either.
         """
-        canaries = (prepared or self.prepare()).canaries
+        canaries = self.prepare() if prepared is None else prepared
         manifest = self._weights.store(version, canaries, writer=self._writer.epoch)
         failpoints.reach("learner.before_announcing")
         self._writer.confirm()  # a successor has announced the version that it continues from

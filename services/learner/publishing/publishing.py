@@ -18,12 +18,12 @@ from typing import Literal
 import torch
 
 from palimpsest.common import failpoints
-from palimpsest.common.snapshots.manifest import Manifest
+from palimpsest.common.snapshots.manifest import Canary, Manifest
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints
 from palimpsest.services.learner.checkpointing.manifest import Progress
 from palimpsest.services.learner.publishing.background import Background
-from palimpsest.services.learner.publishing.publisher import PreparedVersion, Publisher
+from palimpsest.services.learner.publishing.publisher import Publisher
 from palimpsest.services.learner.timing import PhaseTimer
 
 LAST_WAIT_S = 30.0
@@ -154,7 +154,7 @@ class Publishing:
             work.wait(LAST_WAIT_S)
 
     def _write(
-        self, version: Version, prepared: PreparedVersion, checkpoint: Checkpoint | None, now: float
+        self, version: Version, prepared: tuple[Canary, ...], checkpoint: Checkpoint | None, now: float
     ) -> Manifest:
         if checkpoint is not None:
             self._save(checkpoint)
