@@ -4,6 +4,7 @@ import asyncio
 import io
 import os
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,18 +113,18 @@ KEPT: list[bytes] = []
     [
         (GlobalRandom, "the same session played again differs: the outcome of step 0"),
         (SharedState, "it differs while another session runs: the outcome of step 0"),
-        (TooMuch, "environment_invalid: reward is 1.5, not a number in [0, 1]"),
+        (TooMuch, r"environment_invalid: reward is 1.5, not a number in \[0, 1\]"),
         (Fragile, "environment_raised: KeyError: 'no_such_tool'"),
         (OneTask, "seeds 0, 1, 2 all give the same first messages"),
         (NoDescription, "tool f: it has no description"),
         (NoDescription, "tool f: required but not in `properties`: x"),
-        (LeavesFiles, "50 closed sessions left 50 open files behind"),
-        (Keeps, "a closed session leaves 195 KiB of memory behind"),
+        (LeavesFiles, r"50 closed sessions left \d+ open files behind"),
+        (Keeps, r"a closed session leaves (19\d|2\d\d) KiB of memory behind"),
     ],
 )
 def test_a_fault_is_found(faulty: type[Plain], problem: str) -> None:
     try:
-        assert any(problem in found for found in checked(faulty).problems)
+        assert any(re.search(problem, found) for found in checked(faulty).problems)
     finally:
         for descriptor in OPEN:
             os.close(descriptor)

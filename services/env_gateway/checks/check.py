@@ -3,8 +3,8 @@
 import gc
 import time
 import tracemalloc
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
@@ -155,12 +155,13 @@ async def _check_leaks(open_host: Open, seed: int, findings: Findings) -> None:
     for _ in range(2):  # caches of the first sessions
         await _play(open_host, seed, [""], Findings())
 
-    def held() -> dict[str, int]:
+    # Identities, not counts: what another part of the process releases meanwhile must not hide a leak.
+    def held() -> dict[str, set[Hashable]]:
         gc.collect()
         return {
-            "threads": len(list(Path("/proc/self/task").iterdir())),
-            "open files": len(list(Path("/proc/self/fd").iterdir())),
-            "child processes": len(children()),
+            "threads": {task.name for task in Path("/proc/self/task").iterdir()},
+            "open files": _open_files(),
+            "child processes": set(children()),
         }
 
     tracemalloc.start()
@@ -172,8 +173,17 @@ async def _check_leaks(open_host: Open, seed: int, findings: Findings) -> None:
     finally:
         tracemalloc.stop()
     findings.leaks = f"{grown / 1024:.1f} KiB a closed session over {LEAK_SESSIONS} sessions"
-    for what, count in after.items():
-        if count - before[what] >= LEAK_SESSIONS // 2:
-            findings.problems.append(f"{LEAK_SESSIONS} closed sessions left {count - before[what]} {what} behind")
+    for what, found in after.items():
+        if (count := len(found - before[what])) >= LEAK_SESSIONS // 2:
+            findings.problems.append(f"{LEAK_SESSIONS} closed sessions left {count} {what} behind")
     if grown > LEAK_BYTES:
         findings.problems.append(f"a closed session leaves {grown / 1024:.0f} KiB of memory behind")
+
+
+def _open_files() -> set[Hashable]:
+    """Return number and target of each open file of this process."""
+    found: set[Hashable] = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed since: the listing of the folder itself
+            found.add((entry.name, entry.readlink()))
+    return found
