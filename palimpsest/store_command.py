@@ -114,12 +114,11 @@ def _listed(stored: StoredVersions) -> Iterator[str]:
 
 def _shown(stored: StoredVersions, version: int) -> Iterator[str]:
     manifest = stored.manifest(version)
-    raw = sum(entry.size for entry in manifest.tensors)
     yield f"version {version} of run {manifest.run}, stored by writer {manifest.writer}"
     yield f"digest   {manifest.digest}"
     for each in manifest.objects:
         yield f"object   {each.digest}, {count(each.size, 'byte')}"
-    yield f"size     {count(manifest.object_size, 'byte')} for {count(raw, 'byte')} of weights"
+    yield f"size     {count(manifest.object_size, 'byte')} for {count(manifest.full_size, 'byte')} of weights"
     kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(manifest.encodings.items()))
     yield f"stored   {_stored_as(manifest)}{f' ({kinds})' if kinds else ''}"
     chain = [manifest]

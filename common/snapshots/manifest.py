@@ -125,6 +125,11 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
         return (StoredObject(self.object, self.object_size),) if self.parts is UNSET else self.parts
 
     @property
+    def full_size(self) -> int:
+        """Raw bytes of all tensors, which a full copy of the version has."""
+        return sum(entry.size for entry in self.tensors)
+
+    @property
     def reversible(self) -> bool:
         """Whether the slices also lead back to the parent: a delta without dense slices."""
         return self.parent is not None and not self.encodings.get("dense")

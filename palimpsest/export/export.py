@@ -62,8 +62,7 @@ def export(
         with new_folder(folder, overwrite=overwrite) as partial:
             form = _write_tensors(stored.tensors(manifest), manifest, starting, partial, limit=shard_bytes, alone=alone)
             _write_beside(config, home, manifest, starting, partial, name=folder.name or str(folder), form=form)
-    size = sum(entry.size for entry in manifest.tensors)
-    return Exported(folder, config.run.id, manifest.version, manifest.digest, len(manifest.tensors), size)
+    return Exported(folder, config.run.id, manifest.version, manifest.digest, len(manifest.tensors), manifest.full_size)
 
 
 def _write_tensors(

@@ -285,7 +285,7 @@ class Loop:
             batch, trained, seconds=self._seconds(), phases=phases, learning_rate=self._policy.learning_rate,
             counts=self._ledger.counts(), sampled_tokens=self._reader.sampled_tokens,
             skipped_even=self._drops.take_skipped(), token_fates=self._drops.fates.take(),
-            oldest_live_s=self._ledger.oldest_live_age(now=time.monotonic()),
+            oldest_live_s=self._ledger.oldest_live_age(now=time.monotonic()), stored=self._publishing.stored.take(),
         )  # fmt: skip
         self._last_line["settings"] = self._control.current.generation
         self._history.add(self._last_line)

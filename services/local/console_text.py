@@ -153,4 +153,9 @@ def format_result(summary: Mapping[str, Any], home: Path) -> str:
             f"{count(summary['versions'], 'version')} in {duration(seconds['run'])}{setup}",
             f"{success}, {reward} (first and last tenth of {trained:,} trajectories)",
         ]
+        if stored := summary["stored"]:
+            lines.append(
+                f"{count(stored['versions'], 'version')} stored in {stored['bytes'] / 1e6:,.1f} MB, full copies have "
+                f"{stored['full_bytes'] / 1e6:,.1f} MB"
+            )
     return "\n".join([*lines, f"report: {home / 'report.html'}", f"summary: {home / 'summary.json'}"])

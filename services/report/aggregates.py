@@ -82,6 +82,18 @@ def token_fates(lines: Sequence[Line]) -> dict[str, dict[str, dict[str, int]]]:
     return {by: dict(sorted(bins.items(), key=lambda item: float(item[0]))) for by, bins in sums.items()}
 
 
+def stored(lines: Sequence[Line]) -> dict[str, Any] | None:
+    """Return versions stored and their bytes, beside full copies; `share`: of their bytes. None: no line has counts.
+
+    The line of a version precedes its storage, so the sum lacks the version trained last.
+    """
+    counted = [counts for line in lines if (counts := line.get("stored"))]
+    if not counted:
+        return None
+    sums = {name: sum(counts[name] for counts in counted) for name in ("versions", "bytes", "full_bytes")}
+    return sums | {"share": sums["bytes"] / sums["full_bytes"] if sums["full_bytes"] else None}
+
+
 _SHARES = ("advantage", "positive", "negative")
 
 

@@ -12,7 +12,7 @@ from palimpsest.common import run_folder
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.files import write
 from palimpsest.common.messages import WorkerAlive
-from palimpsest.services.report.aggregates import alert_spans, leak, removal, token_fates
+from palimpsest.services.report.aggregates import alert_spans, leak, removal, stored, token_fates
 from palimpsest.services.report.changes import change_list, planned_versions
 from palimpsest.services.report.folder import Contents, Line
 from palimpsest.services.report.labels import coverage, methods
@@ -56,6 +56,7 @@ def summarize(contents: Contents) -> dict[str, Any]:
             "seconds": seconds,
             "phases": phases(lines),
             "learner_wait_share": learner_wait_share(lines),
+            "stored": stored(lines),
             "tokens_per_second": {
                 "rollout": _rollout_rate(contents.log.alive),
                 "learner": _share(tokens_trained, seconds["run"]) if tokens_trained else None,

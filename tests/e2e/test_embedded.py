@@ -128,4 +128,6 @@ def test_the_summary_and_the_report_are_complete(run: Run) -> None:
     assert seen["versions"] == run.versions
     assert seen["exact"] is True
     assert seen["refused_versions"] == 0
+    assert seen["stored"]["versions"] == run.versions  # without the last, with version 0
+    assert 0.0 < seen["stored"]["share"] < 1.0
     assert (run.home / "report.html").stat().st_size > 100_000

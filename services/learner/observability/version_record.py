@@ -90,12 +90,14 @@ def version_record(
     oldest_live_s: float | None = None,
     skipped_even: Mapping[str, int] | None = None,
     token_fates: Fates | None = None,
+    stored: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return the line: means over the batch's trajectories, and over its tokens by staleness.
 
     bounds: thresholds of the run; without them the line has no caps, no tokens past the clip and no wrong removals.
     fallbacks: more counters for the field `fallbacks`, since the last line. skipped_even: groups left out because their
     rewards are equal, by environment, since the last line. token_fates: trained and lost tokens since the last line.
+    stored: versions announced since the last line and their bytes; see StoredBytes.
     """
     flat = TokenTable.of(trained.micro_batches, batch.version)
     tokens, records = flat.tokens, batch.records
@@ -117,6 +119,7 @@ def version_record(
         "successes": "".join("1" if r.success else "0" for r in records),
         "even_groups": sum(groups["kept"] for groups in even.values()),
         "token_fates": token_fates or {},
+        "stored": dict(stored or {}),
         "even_by_environment": even,
         "by_environment": _by_environment(records),
         "truncated": sum(r.ending is Ending.TRUNCATED for r in records),

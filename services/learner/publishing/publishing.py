@@ -24,6 +24,7 @@ from palimpsest.services.learner.checkpointing.checkpoints import Checkpoints
 from palimpsest.services.learner.checkpointing.manifest import Progress
 from palimpsest.services.learner.publishing.background import Background
 from palimpsest.services.learner.publishing.publisher import Publisher
+from palimpsest.services.learner.publishing.stored_bytes import StoredBytes
 from palimpsest.services.learner.timing import PhaseTimer
 
 LAST_WAIT_S = 30.0
@@ -73,6 +74,8 @@ class Publishing:
         self._saves: Background[bool] = Background("checkpoint")
         self.digest = ""
         """Of the version announced last."""
+        self.stored = StoredBytes()
+        """Of the versions announced."""
 
     @property
     def pending(self) -> bool:
@@ -83,6 +86,7 @@ class Publishing:
         """Publish the version that a learner starts with; see Publisher.republish. Return its number."""
         manifest = self._publisher.republish(version, now=now)
         self.digest = manifest.digest
+        self.stored.add(manifest)
         return manifest.version
 
     def publish(self, version: Version, checkpoint: Checkpoint | None, *, now: float, durable: bool = True) -> None:
@@ -175,4 +179,5 @@ class Publishing:
     def _note(self, manifest: Manifest) -> None:
         """The version is announced."""
         self.digest = manifest.digest
+        self.stored.add(manifest)
         self._announced(manifest.version, manifest.digest)

@@ -173,7 +173,7 @@ class VllmEngine:
         ]
         update = WeightTransferUpdateRequest(update_info={"path": str(weights.path), "tensors": entries})
         await self._run_step("start of the weight update", llm.start_weight_update())
-        size = sum(entry.size for entry in weights.manifest.tensors)
+        size = weights.manifest.full_size
         await self._run_step("weight update", llm.update_weights(update), size)
         finish = llm.finish_weight_update(str(weights.manifest.version))
         await self._run_read_back("end of the weight update", finish, size)

@@ -138,11 +138,13 @@ def shell(command: str) -> str:
 def test_the_result_has_a_short_text():
     summary = json.loads(
         """{"versions": 200, "seconds": {"setup": 31.2, "run": 195.0}, "trajectories": {"trained": 51200},
-            "success_first": 0.0246, "success_last": 0.9912, "reward_first": 0.101, "reward_last": 0.9949}"""
+            "success_first": 0.0246, "success_last": 0.9912, "reward_first": 0.101, "reward_last": 0.9949,
+            "stored": {"versions": 200, "bytes": 16800000, "full_bytes": 46848000, "share": 0.35861}}"""
     )
     assert console_text.format_result(summary, Path("runs/r1")).splitlines() == [
         "200 versions in 3 min 15 s (and 31 s to start)",
         "success 0.025 -> 0.991, reward 0.101 -> 0.995 (first and last tenth of 51,200 trajectories)",
+        "200 versions stored in 16.8 MB, full copies have 46.8 MB",
         "report: runs/r1/report.html",
         "summary: runs/r1/summary.json",
     ]

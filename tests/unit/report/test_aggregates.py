@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from palimpsest.services.report.aggregates import alert_spans, leak, removal, token_fates
+from palimpsest.services.report.aggregates import alert_spans, leak, removal, stored, token_fates
 from palimpsest.services.report.figures import figures
 from palimpsest.services.report.folder import Contents, Line, read_run_config
 from palimpsest.services.report.labels import EXACT, SURROGATE, coverage, in_words, methods, names
@@ -181,3 +181,10 @@ def test_the_summary_has_proximal_removals_leaks_and_alerts(empty: Contents) -> 
     without_lines = summarize(Contents(empty.folder, empty.config))
     assert (without_lines["proximal"], without_lines["alerts"]) == ({}, [])
     assert without_lines["old_coverage"] is without_lines["removal"] is without_lines["leak"] is None
+
+
+def test_stored_bytes_add_up_over_the_run() -> None:
+    counts = {"versions": 1, "bytes": 30, "full_bytes": 100}
+    lines = [a_line(0), a_line(1, stored=counts), a_line(2, stored={"versions": 2, "bytes": 40, "full_bytes": 180})]
+    assert stored(lines) == {"versions": 3, "bytes": 70, "full_bytes": 280, "share": 0.25}
+    assert stored([a_line(0)]) is None

@@ -33,7 +33,7 @@ class Scribe:
         self._note(f"version {version}")
         if self._fails:
             raise Fenced("another learner took over this run")
-        return SimpleNamespace(version=version, digest=f"digest of {version}")
+        return SimpleNamespace(version=version, digest=f"digest of {version}", object_size=int(version), full_size=100)
 
     def save(self, progress: Any, tensors: Any) -> bool:
         self.saved.append(tensors)
@@ -92,6 +92,8 @@ def test_in_the_background_the_same_is_written_in_the_same_order_while_the_loop_
     ours.publish(Version(8), None, now=3.0)
     ours.finish()
     assert scribe.notes[len(WRITTEN) :] == ["version 8", "keep from 4", "announced 8"]
+    assert ours.stored.take() == {"versions": 2, "bytes": 15, "full_bytes": 200}
+    assert ours.stored.take() == {"versions": 0, "bytes": 0, "full_bytes": 0}
 
 
 def test_a_failure_in_the_thread_is_raised_in_the_loop_but_not_while_it_waits_to_step() -> None:
