@@ -6,6 +6,7 @@ The arguments are torchrun's. torchrun itself exits with 1 however a rank ended,
 Job could not tell an error of the configuration (do not start again) from a crash (start again).
 """
 
+import signal
 import sys
 from collections.abc import Iterable
 
@@ -41,11 +42,12 @@ def exit_code(failures: Iterable[tuple[int, int]]) -> int:
 
     failures: of each failed rank, the time of its failure in seconds and its exit code, negative for a signal. The
     first code that the learner documents counts, because a rank that loses its connection to another one crashes too.
+    Of one second SIGTERM counts last: torchrun sends it to the other ranks.
 
     >>> exit_code([(5, 1), (6, 4)]), exit_code([(5, -9), (6, 1)])
     (4, 137)
     """
-    codes = [code for _, code in sorted(failures)]
+    codes = [code for _, code in sorted(failures, key=lambda one: (one[0], one[1] == -signal.SIGTERM, one[1]))]
     first = next((code for code in codes if code in OWN_CODES), codes[0])
     return FROM_SIGNAL - first if first < 0 else first
 

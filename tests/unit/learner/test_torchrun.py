@@ -20,6 +20,7 @@ LIMIT_S = 300
         pytest.param([(10, 5), (11, 1)], 5, id="a rank crashes after a documented error of another"),
         pytest.param([(10, 1), (10, 6)], 6, id="a rank crashes in the same second as the documented error"),
         pytest.param([(10, -9), (11, 1)], 137, id="SIGKILL"),
+        pytest.param([(10, -15), (10, -9)], 137, id="the launcher ended the other rank in the same second"),
         pytest.param([(12, 1), (11, -15)], 143, id="the earliest failure counts"),
         pytest.param([(10, 130), (10, 130)], 130, id="stopped"),
     ],
