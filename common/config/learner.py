@@ -187,16 +187,6 @@ class LearnerConfig(Service):
                 f'proximal.kind = "{self.proximal.kind}" was not tried with context_parallel = '
                 f"{self.context_parallel}: set context_parallel = 1, or another kind"
             )
-        if self.context_parallel > 1 and self.advantages.kind == "gae":
-            raise ValueError(
-                f'advantages.kind = "gae" has a critic, whose passes need whole rows, but with context_parallel = '
-                f"{self.context_parallel} each rank has a part of a row: set context_parallel = 1, or another kind"
-            )
-        if self.context_parallel > 1 and self.lora.rank:
-            raise ValueError(
-                f"lora.rank = {self.lora.rank} was not tried with context_parallel = {self.context_parallel}: set "
-                f"context_parallel = 1, or lora.rank = 0"
-            )
         if self.routing_replay == "learner" and not (
             isinstance(self.proximal, SnapshotProximal) and not self.proximal.prefetch
         ):

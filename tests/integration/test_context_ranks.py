@@ -10,6 +10,7 @@ import torch
 
 from palimpsest.services.learner.batch.batching import FREE
 from tests.learner_parts import families
+from tests.processes.context_beside import BESIDE, MINIBATCHES
 from tests.processes.context_on_ranks import CASES, EXPERTS, FORWARD
 from tests.processes.waiting import LIMIT_S
 from tests.runs.run_process import ROOT
@@ -38,7 +39,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     assert done.returncode == 0, done.stdout[-4000:]
     return {
         name: [torch.load(folder / f"{name} {rank}.pt", weights_only=False) for rank in range(request.param)]
-        for name in ("attention", *CASES, EXPERTS)
+        for name in ("attention", *CASES, EXPERTS, *BESIDE)
     }
 
 
@@ -110,6 +111,36 @@ def test_a_mixture_replays_and_records_the_experts_of_whole_rows(saved: Any) -> 
         for gradient, of_one in zip(shared["gradients"][0], alone["gradients"][0], strict=True):
             scale = float(of_one.float().norm())
             assert float((gradient.float() - of_one.float()).norm()) <= 0.1 * scale + 1e-6
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_values_of_the_critic_are_those_of_whole_rows(saved: Any, case: str) -> None:
+    first = saved[case][0]["shared"]["values"]
+    for rank in saved[case]:
+        for own, expected, same in zip(rank["shared"]["values"], rank["alone"]["values"], first, strict=True):
+            assert float(expected.std()) > 0.5
+            assert torch.allclose(own, expected, atol=2 * ROUNDING)
+            assert torch.equal(own, same)
+
+
+@pytest.mark.parametrize("case", BESIDE)
+@pytest.mark.parametrize("part", ["policy", "critic"])
+def test_policy_and_critic_are_trained_as_on_whole_rows(saved: Any, case: str, part: str) -> None:
+    first = saved[case][0]["shared"]["masters"][part]
+    for rank in saved[case]:
+        shared, alone = rank["shared"], rank["alone"]
+        assert shared["trained"] == alone["trained"] == sorted(row.trajectory for rows in MINIBATCHES for row in rows)
+        assert len(shared["gradients"][part]) == len(alone["gradients"][part]) == len(MINIBATCHES)
+        for own, expected in zip(shared["gradients"][part][0], alone["gradients"][part][0], strict=True):
+            assert float((own - expected).norm()) <= 0.05 * float(expected.norm()) + 1e-6
+        assert any(float(gradient.abs().max()) > 1e-3 for gradient in shared["gradients"][part][0])
+        norms, of_one = shared["norms"][part], alone["norms"][part]
+        assert norms[0] == pytest.approx(of_one[0], rel=3e-2)
+        assert norms[1] == pytest.approx(of_one[1], rel=1e-1)  # its weights differ by rounding
+        assert shared["loss"] == pytest.approx(alone["loss"], rel=3e-2)
+        for own, expected, same in zip(shared["masters"][part], alone["masters"][part], first, strict=True):
+            assert torch.allclose(own, expected, rtol=1e-3, atol=4e-4)
+            assert torch.equal(own, same)
 
 
 def test_ranks_that_share_rows_have_the_same_values(saved: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.common.config.learner import LearnerConfig, OptimizerConfig
+from palimpsest.services.learner.model.context import SlicedRows, context_of
 from palimpsest.services.learner.model.lora import copy_trained
 from palimpsest.services.learner.model.packing import PackedRows, packs_rows
 from palimpsest.services.learner.model.trainable import TrainablePolicy
@@ -161,6 +162,12 @@ class Valued(torch.nn.Module):
             hidden = self.decoder(input_ids=tokens, use_cache=False).last_hidden_state
             return torch.nn.functional.pad(self.head(hidden[:, :-1].float())[..., 0], (1, 0))
         assert rows is not None
-        hidden = self.decoder(**rows.arguments(tokens), use_cache=False).last_hidden_state[0]
-        values = rows.spread(self.head(hidden.float())[:, 0], tokens.numel()).view(tokens.shape)
-        return torch.nn.functional.pad(values[:, :-1], (1, 0))
+        arguments, context, sliced = rows.arguments(tokens), context_of(self), None
+        if context is not None:
+            sliced = SlicedRows.of(rows.starts.diff().tolist(), tokens.shape[1], context, tokens.device)
+            arguments = sliced.arguments(tokens)
+        values = self.head(self.decoder(**arguments, use_cache=False).last_hidden_state[0].float())[:, 0]
+        if sliced is not None:
+            values = sliced.whole(values)
+        spread = rows.spread(values, tokens.numel()).view(tokens.shape)
+        return torch.nn.functional.pad(spread[:, :-1], (1, 0))

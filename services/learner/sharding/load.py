@@ -83,10 +83,14 @@ class ModelFiles:
         model(find_head)  # recognized in the model's own precision
         if self._layout == PACKED:
             model(use_packing)
-        if self._context is not None:
-            setattr(causal, CONTEXT_ATTRIBUTE, self._context)
+        self._share_rows(causal)
         self._adapt(causal, trains=trains)
         return model
+
+    def _share_rows(self, module: nn.Module) -> None:
+        """Let the passes of a model be those of ranks that share rows, if the run has such ranks."""
+        if self._context is not None:
+            setattr(module, CONTEXT_ATTRIBUTE, self._context)
 
     def _adapt(self, module: nn.Module, *, trains: bool) -> None:
         """Add a new adapter, whole on every rank, if the run trains one."""
@@ -106,6 +110,7 @@ class ModelFiles:
         valued = Valued(decoder_of(causal), packs=self._layout == PACKED)
         holds = COMPUTES if self.adapted else torch.float32
         model = self._split(causal, valued, holds=holds, trains=not self.adapted)
+        self._share_rows(valued)
         self._adapt(valued.decoder, trains=True)
         valued.add_head(causal.config.get_text_config().hidden_size, self._device)
         return model
