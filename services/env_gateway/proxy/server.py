@@ -124,6 +124,8 @@ class ServedSocket:
                 f"env_gateway.child_hosts.{self._permitted.environment} does not name {head.address}; it names "
                 f"{', '.join(self._permitted.addresses)}",
             )
+        if (problem := head.contradiction()) is not None:
+            return await _refuse(writer, HTTPStatus.BAD_REQUEST, f"the proxy of the gateway: {problem}")
         try:
             async with asyncio.timeout(CONNECT_LIMIT_S):
                 from_server, to_server = await asyncio.open_connection(*split(head.address))

@@ -33,6 +33,8 @@ class Drops:
         self._dead_letters, self._skipped = ingest.dead_letters, Counter[str]()
         self.fates = TokenFates()
         """Trained and lost tokens of the trajectories that were resolved."""
+        self._untrained = Counter[str]()
+        """Trajectory -> trainable tokens of its branches on which the training failed, until it is resolved."""
 
     def admit(self, budget: int) -> None:
         """Use another number of trajectories that may be unresolved at the same time."""
@@ -68,9 +70,8 @@ class Drops:
         for arrived in trained:
             self._reader.resolve(arrived)
             instruments.TRAJECTORY_LENGTHS.labels("trained").observe(arrived.sampled_from(0))
-            self.fates.add(
-                sampled=arrived.sampled_from(0), trained=arrived.sampled_from(lowest), seconds=arrived.seconds
-            )
+            trained_tokens = arrived.sampled_from(lowest) - self._untrained.pop(arrived.record.trajectory, 0)
+            self.fates.add(sampled=arrived.sampled_from(0), trained=trained_tokens, seconds=arrived.seconds)
 
     def bury_failed(
         self, batch: list[ReadyGroup[ReceivedTrajectory]], rows: list[list[Row]], failed: Mapping[str, str]
@@ -83,9 +84,11 @@ class Drops:
         """
         left = [[row for row in group if row.trajectory not in failed] for group in rows]
         usable = {trajectory_of(row.trajectory) for group in left for row in group if (row.versions >= 0).any()}
+        trainable = {row.trajectory: int((row.versions >= 0).sum()) for group in rows for row in group}
         buried: dict[str, str] = {}
         for name, error in failed.items():
             if (trajectory := trajectory_of(name)) in usable:
+                self._untrained[trajectory] += trainable[name]
                 instruments.FAILED_BRANCHES.inc()
                 logger().warning("branch not trained on", branch=name, reason=error)
             else:

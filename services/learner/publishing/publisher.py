@@ -10,9 +10,10 @@ from palimpsest.common.bus.port import Bus, Outgoing
 from palimpsest.common.logs import logger
 from palimpsest.common.messages import CONTROL, ControlChanged, RunFinished, VersionPublished, encode
 from palimpsest.common.snapshots.adapter import Adapter
-from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.snapshots.client import SnapshotClient, VersionConflict
 from palimpsest.common.snapshots.manifest import Canary, Manifest
 from palimpsest.common.snapshots.writer import Writer
+from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.publishing.canaries import Canaries
 from palimpsest.services.learner.publishing.version_weights import VersionWeights, WholeWeights
@@ -88,10 +89,21 @@ class Publisher:
         """Publish after a restart: as `version` if the store holds no later version, else as the next free number.
 
         A learner that died may have published later versions than its checkpoint holds. They stay valid (tokens that
-        they sampled are scored with them), so their numbers are not used again.
+        they sampled are scored with them), so their numbers are not used again. Raises UserError if the store holds
+        other weights as `version` and no checkpoint: then the run begins again with what its files hold now.
         """
         newest = self._store.newest_version()
-        return self.publish(version if newest <= version else Version(newest + 1), now=now)
+        try:
+            return self.publish(version if newest <= version else Version(newest + 1), now=now)
+        except VersionConflict as conflict:
+            if self._writer.committed():
+                raise
+            raise UserError(
+                f"version {version} of run {self._run} was published with other weights than the learner has now "
+                f"({conflict}). The run has no checkpoint yet, so it begins again from the files of model.path and "
+                f"learner.lora.start: one of them was changed or replaced since. Restore the files and resume, or "
+                f"start a new run (run.id) from the new ones"
+            ) from None
 
     def keep_from(self, lowest: Version) -> None:
         """Release the snapshots of versions below `lowest`."""

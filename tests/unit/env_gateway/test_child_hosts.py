@@ -22,7 +22,8 @@ from palimpsest.services.env_gateway.processes.confinement import Available, Chi
 from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
 from palimpsest.services.env_gateway.proxy import client
-from palimpsest.services.env_gateway.proxy.addresses import PermittedHosts
+from palimpsest.services.env_gateway.proxy.addresses import PermittedHosts, read_head
+from tests.processes.waiting import LIMIT_S
 
 FOLDER = Path(__file__).parent / "plugins"
 LIMITS = ChildLimits(
@@ -81,6 +82,7 @@ async def test_a_session_reaches_the_hosts_of_its_list_and_no_url_widens_it(monk
 
         texts = [
             f"http://127.0.0.1:{allowed}/",
+            f"as secret.example http://127.0.0.1:{allowed}/",
             f"tunnel 127.0.0.1 {allowed}",
             f"http://127.0.0.1:{other}/",
             f"http://127.0.0.1:{allowed}@127.0.0.1:{other}/",
@@ -97,14 +99,16 @@ async def test_a_session_reaches_the_hosts_of_its_list_and_no_url_widens_it(monk
             network = await opened(
                 f"direct 127.0.0.1 {allowed}", spec.model_copy(update={"hosts": None, "network": True})
             )
-            async with asyncio.timeout(60.0):
+            async with asyncio.timeout(LIMIT_S):
                 while pool._proxy._served:  # the sockets of a session are closed after it
                     await asyncio.sleep(0.01)
         finally:
             await pool.close()
     no = f"403 env_gateway.child_hosts.wiki does not name {{}}; it names 127.0.0.1:{allowed}\n"
+    disagreement = f"the Host header names 'secret.example', but the URL 127.0.0.1:{allowed}"
     assert answers == [
         "hello",
+        f"400 the proxy of the gateway: {disagreement}; they must be the same\n",
         "hello",
         no.format(f"127.0.0.1:{other}"),
         no.format(f"127.0.0.1:{other}"),
@@ -115,6 +119,29 @@ async def test_a_session_reaches_the_hosts_of_its_list_and_no_url_widens_it(monk
     ]
     assert (without, network) == ("[Errno 111] Connection refused", "connected")
     assert refused() - before == 5
+
+
+@pytest.mark.parametrize(
+    ("url", "headers", "problem"),
+    [
+        ("http://a.org/", "Host: A.org.", ""),
+        ("http://a.org/", "Host: a.org:80", ""),
+        ("http://[::1]/", "Host: [::1]", ""),
+        ("http://a.org:81/", "Host: a.org", "'a.org', but the URL a.org:81"),
+        ("http://a.org/", "Host: a.org\r\nhost : b.org", "'b.org'"),
+        ("http://a.org/", "Host: a.org, b.org", "'a.org, b.org'"),
+        ("http://a.org/", "Host: ", "''"),
+    ],
+)
+def test_a_request_in_the_name_of_another_host_is_refused(url: str, headers: str, problem: str) -> None:
+    found = read_head(f"GET {url} HTTP/1.1\r\n{headers}\r\n\r\n".encode()).contradiction()
+    assert found is None if not problem else found is not None and f"the Host header names {problem}" in found
+
+
+@pytest.mark.parametrize("headers", ["X: y\nHost: b.org", "X: y\r\n Host: b.org"])
+def test_a_header_that_a_server_may_read_as_two_is_refused(headers: str) -> None:
+    with pytest.raises(ValueError, match="not one line"):
+        read_head(f"GET http://a.org/ HTTP/1.1\r\n{headers}\r\n\r\n".encode())
 
 
 def test_the_server_of_an_mcp_adapter_gets_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,7 @@ class Connects(Quiet):
 
 
 class Fetches(Quiet):
-    """Opens what the text names: a URL, `tunnel HOST PORT` through the proxy, or `direct HOST PORT`."""
+    """Opens what the text names: a URL, `as HOST URL`, `tunnel HOST PORT` through the proxy, or `direct HOST PORT`."""
 
     def attack(self, text: str) -> str:
         kind, _, rest = text.partition(" ")
@@ -124,7 +124,9 @@ class Fetches(Quiet):
                 connection.set_tunnel(host, int(port))
                 connection.request("GET", "/")
                 return connection.getresponse().read().decode()
-            with urllib.request.urlopen(text, timeout=30) as reply:
+            host, url = rest.split() if kind == "as" else ("", text)
+            request = urllib.request.Request(url, headers={"Host": host} if host else {})
+            with urllib.request.urlopen(request, timeout=30) as reply:
                 return str(reply.read().decode())
         except urllib.error.HTTPError as error:
             return f"{error.code} {error.read().decode()}"

@@ -99,19 +99,24 @@ def failed_branches() -> float:
 
 
 @pytest.mark.parametrize(
-    ("failed", "left_names", "trained", "buried", "counted"),
+    ("failed", "left_names", "trained", "buried", "counted", "fates"),
     [
-        (["g000000/1+1"], ["g000000/0", "g000000/1", "g000000/1+2"], 4, [], 1),
-        (["g000000/1"], ["g000000/0", "g000000/1+1", "g000000/1+2"], 4, [], 1),
-        (["g000000/1", "g000000/1+1"], ["g000000/0"], 3, ["g000000/1"], 0),
-        (["g000000/1", "g000000/1+1", "g000000/1+2"], ["g000000/0"], 3, ["g000000/1"], 0),
+        ([], ["g000000/0", "g000000/1", "g000000/1+1", "g000000/1+2"], 4, [], 0, [10, 2]),
+        (["g000000/1+1"], ["g000000/0", "g000000/1", "g000000/1+2"], 4, [], 1, [8, 4]),
+        (["g000000/1"], ["g000000/0", "g000000/1+1", "g000000/1+2"], 4, [], 1, [8, 4]),
+        (["g000000/1", "g000000/1+1"], ["g000000/0"], 3, ["g000000/1"], 0, [6, 0]),
+        (["g000000/1", "g000000/1+1", "g000000/1+2"], ["g000000/0"], 3, ["g000000/1"], 0, [6, 0]),
     ],
-    ids=["branch", "first sequence", "all with a trainable token", "all"],
+    ids=["none", "branch", "first sequence", "all with a trainable token", "all"],
 )
 def test_of_a_session_the_failing_sequences_alone_are_taken_out(
-    bus: SqliteBus, failed: list[str], left_names: list[str], trained: int, buried: list[str], counted: int
-) -> None:
-    """Version 1, bound 0: branch 2 was sampled by version 0, so none of its tokens is trainable."""
+    bus: SqliteBus, failed: list[str], left_names: list[str], trained: int, buried: list[str], counted: int,
+    fates: list[int],
+) -> None:  # fmt: skip
+    """Version 1, bound 0: branch 2 was sampled by version 0, so none of its tokens is trainable.
+
+    fates: trained and lost tokens of the trajectories that were trained on, of two or four tokens a sequence.
+    """
     ingest = an_offered(bus)
     branches = tuple(Branch(n, pack_int32([9, 8, 7, 6]), (a_segment(2, 4, 2 - n),), 1) for n in (1, 2))
     session = structs.replace(a_finished(0, 1, segments=(a_segment(2, 4, 1),)), branches=branches)
@@ -122,7 +127,11 @@ def test_of_a_session_the_failing_sequences_alone_are_taken_out(
     batch = ingest.ledger.take_batch(Version(1)) or []
     rows = [to_rows([arrived.record for arrived in group.items], "grpo", lowest=1) for group in batch]
     before = failed_branches()
-    left, left_rows = Drops(ingest, budget=8).bury_failed(batch, rows, dict.fromkeys(failed, "IndexError: beyond"))
+    drops = Drops(ingest, budget=8)
+    left, left_rows = drops.bury_failed(batch, rows, dict.fromkeys(failed, "IndexError: beyond"))
+    for group in left:
+        drops.resolve_trained(group.items, lowest=1)
+    assert [sum(counts) for counts in zip(*drops.fates.take()["length"].values(), strict=True)] == fates
     assert [row.trajectory for row in left_rows[0]] == left_names
     assert sum(len(group.items) for group in left) == trained
     counts = ingest.ledger.counts()
