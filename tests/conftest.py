@@ -1,6 +1,7 @@
 """Fixtures for many tests. A missing backend is a failure, never a skip."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from hypothesis import HealthCheck, settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: concurrent processes share the cores
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in background jobs of a shell; children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from palimpsest.common.outages import OUTAGES
 from tests.pytest_hooks import failure_report
