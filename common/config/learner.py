@@ -209,15 +209,8 @@ class LearnerConfig(Service):
 
     def _refuse_with_sharding(self) -> None:
         """Raise ValueError for what needs a whole model on each rank."""
-        unsupported = (
-            (self.vcpo.baseline, "vcpo.baseline takes the gradient of each trajectory"),
-            (
-                self.lora.rank > 0 and self.publishing != "inline",
-                f'publishing = "{self.publishing}" was not tried with lora.rank = {self.lora.rank}',
-            ),
-        )
-        if reasons := [reason for applies, reason in unsupported if applies]:
+        if self.vcpo.baseline:
             raise ValueError(
-                f'sharding = "{self.sharding}" does not support it: {"; ".join(reasons)}. Change it, or set '
-                f'sharding = "none"'
+                f'sharding = "{self.sharding}" does not support it: vcpo.baseline takes the gradient of each '
+                f'trajectory. Change it, or set sharding = "none"'
             )

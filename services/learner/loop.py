@@ -74,7 +74,7 @@ class Loop:
         self._publishing = Publishing(
             self._publisher, self._checkpoints, self._phases, background=self._config.publishing == "background",
             announced=self._announced, needed=lambda restart: self._ledger.bound.lowest(restart),
-            checkpoints_inline=training.shards is not None,
+            checkpoints_inline=training.shards is not None and training.shards.split_policy is not None,
         )  # fmt: skip
         self._history: History  # opened by start
         self._last_line: dict[str, Any] = {}
