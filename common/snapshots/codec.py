@@ -56,15 +56,17 @@ def unpack(packed: memoryview, *, itemsize: int, count: int) -> tuple[NDArray[An
 
     Raises ValueError if a plane is truncated, damaged or of another size. Memory: that of the numbers.
     """
-    numbers = np.zeros((count, itemsize), dtype=np.uint8)
+    numbers, end = np.zeros((count, itemsize), dtype=np.uint8), 0
     for plane in range(itemsize):
-        length, packed = int.from_bytes(packed[:4], "little"), packed[4:]
-        body, packed = packed[:length], packed[length:]
+        start = end + 4
+        length = int.from_bytes(packed[end:start], "little")
+        end = start + length
+        body = packed[start:end]
         if len(body) != length:
             raise ValueError(f"plane {plane} is truncated")
         if length:
-            numbers[:, plane] = np.frombuffer(_decompress(bytes(body), count), dtype=np.uint8)
-    return numbers.reshape(-1).view(f"<u{itemsize}"), packed
+            numbers[:, plane] = np.frombuffer(_decompress(body, count), dtype=np.uint8)
+    return numbers.reshape(-1).view(f"<u{itemsize}"), packed[end:]
 
 
 def _decompressor() -> zstandard.ZstdDecompressor:
@@ -75,7 +77,7 @@ def _decompressor() -> zstandard.ZstdDecompressor:
     return found
 
 
-def _decompress(frame: bytes, size: int) -> bytes:
+def _decompress(frame: bytes | memoryview, size: int) -> bytes:
     """Return the `size` bytes of the zstd frame. Raises ValueError."""
     try:
         content_size = zstandard.frame_content_size(frame)

@@ -11,6 +11,7 @@ from concurrent.futures import Executor, Future, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
+from threading import Lock
 
 import numpy as np
 from blake3 import blake3
@@ -21,7 +22,7 @@ from palimpsest.common.snapshots.slices import SLICE_BYTES, Slice, apply_slice, 
 
 THREADS = os.cpu_count() or 1
 VERIFIED_BYTES = 8 << 20
-"""Bytes of small tensors whose digests a thread computes at once: a few milliseconds of work."""
+"""Bytes of tensors in one slice whose digests a thread computes at once: a few milliseconds of work."""
 PARALLEL_BYTES = 16 * SLICE_BYTES
 """Bytes from which the slices of a tensor are worth threads. At most one such tensor awaits its digest while the next
 one is patched: of weights on another device, each is a copy in host memory."""
@@ -68,33 +69,79 @@ def patch(
 
     chunks: the bytes of its object, already compared with the object's digest. held: the numbers that `editing` opens;
     None: those of whole tensors. arriving: compare each patched tensor, which must be whole, with its digest in this
-    manifest. The pool computes the digests while this thread patches the next tensors: patching takes so many short
-    steps that several threads would mostly wait for Python's lock. Only the slices of a tensor with many run in
-    parallel. Raises Damaged; the tensors then may hold the bytes of no version.
+    manifest. The pool computes the digests while this thread patches the next slices and tensors: patching takes so
+    many short steps that several threads would mostly wait for Python's lock. Only the slices of a tensor with many run
+    in parallel. Raises Damaged; the tensors then may hold the bytes of no version.
     """
     digests = {entry.name: entry for entry in arriving.tensors} if arriving is not None else {}
     if arriving is not None and digests.keys() != {entry.name for entry in manifest.tensors}:
         raise Damaged(f"version {arriving.version} has other tensors than version {manifest.version}, its neighbor")
     pending: deque[Future[None]] = deque()
     patched: list[tuple[_Patch, Bytes]] = []
+    followed: list[tuple[TensorEntry, _FollowingDigest]] = []
     unverified = 0
     try:
         for entry, frame in _split(chunks, manifest):
             job = _Patch(manifest, entry, frame, editing, back, held, digests.get(entry.name), arriving)
-            if (raw := job.run(pool if entry.size > PARALLEL_BYTES else None)) is not None:
+            parallel = entry.size > PARALLEL_BYTES
+            digest = None
+            if job.arrived is not None and entry.size > SLICE_BYTES:
+                digest = _FollowingDigest(pool, pending, threads=blake3.AUTO if parallel else 1)
+            raw = job.run(pool if parallel else None, digest)
+            if job.arrived is not None and digest is not None:
+                followed.append((job.arrived, digest))
+            elif raw is not None:
                 patched.append((job, raw))
                 unverified += len(raw)
             if unverified >= VERIFIED_BYTES:
-                while len(pending) >= THREADS or (pending and unverified > PARALLEL_BYTES):
-                    pending.popleft().result()
                 pending.append(pool.submit(_verify_all, patched))
                 patched, unverified = [], 0
+            while len(pending) > (1 if parallel else THREADS):
+                pending.popleft().result()
         half = len(patched) // 2
         pending += [pool.submit(_verify_all, part) for part in (patched[:half], patched[half:])]
     finally:
         wait(pending)
     for done in pending:
         done.result()
+    for entry, digest in followed:
+        assert arriving is not None
+        _compare(entry, digest.found(), arriving)
+
+
+class _FollowingDigest:
+    """The digest of a large tensor, which a thread of the pool computes while the tensor's next slices are patched."""
+
+    def __init__(self, pool: Executor, pending: deque[Future[None]], *, threads: int) -> None:
+        """pending: gets the work on the pool."""
+        self._pool, self._pending = pool, pending
+        self._hasher, self._lock = blake3(max_threads=threads), Lock()
+        self._final: Bytes | None = None
+        """The first bytes of the tensor, which nothing changes any more; None once they are hashed."""
+        self._hashed, self._works = 0, False
+
+    def reach(self, final: Bytes) -> None:
+        """Let the digest follow up to the end of these first bytes of the tensor."""
+        with self._lock:
+            self._final = final
+            if self._works:
+                return
+            self._works = True
+        self._pending.append(self._pool.submit(self._follow))
+
+    def _follow(self) -> None:
+        while True:
+            with self._lock:
+                final, self._final = self._final, None  # a copy of another device's tensor is not kept
+                if final is None:
+                    self._works = False
+                    return
+            self._hasher.update(final[self._hashed :].data)
+            self._hashed = len(final)
+
+    def found(self) -> str:
+        """Return blake3 of the bytes that were reached, hex. The work on the pool has ended."""
+        return self._hasher.hexdigest()
 
 
 def _verify_all(patched: "list[tuple[_Patch, Bytes]]") -> None:
@@ -115,10 +162,10 @@ class _Patch:
     arrived: TensorEntry | None
     arriving: Manifest | None
 
-    def run(self, pool: Executor | None = None) -> Bytes | None:
+    def run(self, pool: Executor | None, digest: _FollowingDigest | None) -> Bytes | None:
         """Apply the slices, in this thread or on the pool. Return the bytes to verify; None if no digest is given.
 
-        Raises Damaged.
+        digest: follows the slices. Raises Damaged.
         """
         itemsize = ITEMSIZE[self.entry.dtype]
         begin, end = (0, self.entry.size // itemsize) if self.held is None else self.held(self.entry)
@@ -128,12 +175,14 @@ class _Patch:
                 first, last = max(part.start, begin), min(part.start + part.count, end)
                 if first < last:
                     own = raw[(first - begin) * itemsize : (last - begin) * itemsize]
-                    apply_slice(part, own, back=self.back, within=(first - part.start, last - part.start))
+                    within = None if last - first == part.count else (first - part.start, last - part.start)
+                    apply_slice(part, own, back=self.back, within=within)
 
             try:
-                parts = slices_in(memoryview(self.frame), numbers=self.entry.size // itemsize, itemsize=itemsize)
-                for _ in (pool or _SameThread()).map(apply, list(parts)):
-                    pass
+                parts = list(slices_in(memoryview(self.frame), numbers=self.entry.size // itemsize, itemsize=itemsize))
+                for part, _ in zip(parts, (pool or _SameThread()).map(apply, parts), strict=True):
+                    if digest is not None:
+                        digest.reach(raw[: (part.start + part.count) * itemsize])
             except ValueError as error:
                 raise Damaged(f"version {self.manifest.version}, tensor {self.entry.name}: {error}") from error
         return raw if self.arrived is not None else None
@@ -208,7 +257,11 @@ def joined(manifest: Manifest, body: Callable[[str], Iterator[bytes]]) -> Iterat
 def verify(entry: TensorEntry, raw: Bytes, manifest: Manifest) -> None:
     """Raise Damaged unless these are the tensor's bytes. The digest of a large tensor is computed on all cores."""
     threads = blake3.AUTO if len(raw) > SLICE_BYTES else 1
-    if blake3(raw.data, max_threads=threads).hexdigest() != entry.digest:
+    _compare(entry, blake3(raw.data, max_threads=threads).hexdigest(), manifest)
+
+
+def _compare(entry: TensorEntry, found: str, manifest: Manifest) -> None:
+    if found != entry.digest:
         raise Damaged(f"version {manifest.version}, tensor {entry.name}: the digest of its bytes is different")
 
 

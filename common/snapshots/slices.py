@@ -151,8 +151,10 @@ def sparse(encoded: Slice) -> tuple[NDArray[np.int64], NDArray[Any]]:
     gaps, body = unpack(body[4:], itemsize=4, count=changed)
     changes, body = unpack(body, itemsize=encoded.itemsize, count=changed)
     _end(body)
-    places = np.cumsum(gaps, dtype=np.int64)
-    places += np.arange(changed)
+    places = gaps.astype(np.int64)
+    places += 1
+    places[0] -= 1
+    np.add.accumulate(places, out=places)
     if places[-1] >= encoded.count:
         raise ValueError(f"the slice changes number {places[-1]} of {encoded.count}")
     return places, _unfolded(changes)
@@ -164,9 +166,9 @@ def slices_in(encoded: memoryview, *, numbers: int, itemsize: int) -> Iterator[S
     while encoded:
         if len(encoded) < HEADER.size:
             raise ValueError("the header of a slice is truncated")
-        kind, width, zero, count, start, length = HEADER.unpack(encoded[: HEADER.size])
+        kind, width, zero, count, start, length = HEADER.unpack_from(encoded)
         body, encoded = encoded[HEADER.size : HEADER.size + length], encoded[HEADER.size + length :]
-        known = kind <= max(SliceKind) and width == itemsize and zero == 0
+        known = kind < len(SliceKind) and width == itemsize and zero == 0
         if not known or start != at or not 0 < count <= SLICE_BYTES // itemsize:
             raise ValueError(f"a slice begins at number {start} in place of {at}, or its header is damaged")
         if len(body) != length:

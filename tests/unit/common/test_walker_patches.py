@@ -35,3 +35,19 @@ def test_a_hop_to_a_manifest_with_other_tensors_is_refused_before_the_copy_chang
     walker.manifest = store.manifests[Version(1)]  # the copy holds nothing: a change of it would fail
     assert walker.move(Version(0)).hops == 1
     assert store.served == 2
+
+
+@pytest.mark.parametrize("place", [0, 63, 64, 350, 639])
+def test_a_flipped_bit_in_any_slice_of_a_large_tensor_is_found(
+    place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The digest that follows the slices covers every byte, also those that the delta does not change."""
+    for module in (slices, frames):
+        monkeypatch.setattr(module, "SLICE_BYTES", 64)
+    store = a_chain(4)
+    walker = Walker(store, raw := RawFile(tmp_path / "w"))
+    walker.move(Version(2))
+    with raw.editing(store.manifests[Version(2)].tensors[0]) as own:
+        own[place] ^= 1
+    assert walker.move(Version(3)).hops == 4  # from the base
+    assert held(walker, raw) == store.copies[Version(3)]
