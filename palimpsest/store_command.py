@@ -14,7 +14,7 @@ from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.control_client import ControlClient, url_in
 from palimpsest.export.archive import read_archive, write_archive
-from palimpsest.export.stored_version import StoredVersions
+from palimpsest.export.stored_version import NotStored, StoredVersions
 from palimpsest.services.report.named_run import named_run
 
 USAGE = """\
@@ -53,6 +53,8 @@ def store(arguments: Sequence[str]) -> None:
     takes = {"ls": 0, "show": 1, "verify": (0, 1), "export": 2, "import": 1}
     words = [word for word in arguments if not word.startswith("-")]
     flags = [word for word in arguments if word.startswith("-")]
+    if unknown := [flag for flag in flags if "." not in flag.partition("=")[0]]:
+        raise UserError(f"palimpsest store {unknown[0]}: there is no such flag\n{USAGE}")
     wanted = takes.get(words[0]) if words else None
     numbers = wanted if isinstance(wanted, tuple) else (wanted,)
     if len(words) < 2 or len(words) - 2 not in numbers:
@@ -102,14 +104,25 @@ def pin(arguments: Sequence[str]) -> None:
 
 
 def _listed(stored: StoredVersions) -> Iterator[str]:
-    total, pins = 0, stored.pins()
-    for number in stored.numbers():
-        manifest = stored.manifest(number)
+    total, pins, damaged = 0, stored.pins(), list[int]()
+    numbers = stored.numbers()
+    for number in numbers:
+        try:
+            manifest = stored.manifest(number)
+        except NotStored:
+            continue  # the running store has removed it meanwhile
+        except UserError as error:
+            if error.code is not ExitCode.DAMAGED:
+                raise
+            damaged.append(number)
+            yield f"{number:8}  DAMAGED: {error}"
+            continue
         total += manifest.object_size
         pinned = f"  pinned: {', '.join(pins[Version(number)])}" if Version(number) in pins else ""
         size = f"{manifest.object_size:>14,} bytes"
         yield f"{number:8}  {manifest.digest[:12]}  {_stored_as(manifest):20}  {size}{pinned}"
-    yield f"{count(len(stored.numbers()), 'version')}, {count(total, 'byte')}"
+    yield f"{count(len(numbers), 'version')}, {count(total, 'byte')}"
+    _refuse(damaged)
 
 
 def _shown(stored: StoredVersions, version: int) -> Iterator[str]:
@@ -122,8 +135,9 @@ def _shown(stored: StoredVersions, version: int) -> Iterator[str]:
     kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(manifest.encodings.items()))
     yield f"stored   {_stored_as(manifest)}{f' ({kinds})' if kinds else ''}"
     chain = [manifest]
-    while (parent := chain[-1].parent) is not None:
-        chain.append(stored.manifest(parent.version))
+    with stored.whole_chain(version):
+        while (parent := chain[-1].parent) is not None:
+            chain.append(stored.manifest(parent.version))
     size = sum(each.object_size for each in chain)
     yield f"chain    {' <- '.join(str(each.version) for each in chain)}: {count(size, 'byte')}"
     for entry in manifest.tensors:
@@ -132,12 +146,14 @@ def _shown(stored: StoredVersions, version: int) -> Iterator[str]:
 
 def _verified(stored: StoredVersions, versions: Sequence[int]) -> Iterator[str]:
     """Rebuild versions one after another in one temporary file. Raises UserError if one is damaged."""
-    damaged = []
+    damaged = list[int]()
+    if not versions:
+        stored.manifest(None)  # says that there is none, and where
     with tempfile.TemporaryDirectory(prefix="palimpsest-verify-") as folder:
         walker = Walker(stored, RawFile(Path(folder) / "weights.raw"))
         for version in versions:
             try:
-                with stored.user_errors(f"version {version}"):
+                with stored.user_errors(f"version {version}"), stored.whole_chain(version):
                     walker.move(stored.manifest(version).version)
             except UserError as error:
                 if error.code is not ExitCode.DAMAGED:
@@ -146,8 +162,12 @@ def _verified(stored: StoredVersions, versions: Sequence[int]) -> Iterator[str]:
                 yield f"version {version}: DAMAGED: {error}"
             else:
                 yield f"version {version}: every digest is right"
+    _refuse(damaged)
+
+
+def _refuse(damaged: Sequence[int]) -> None:
     if damaged:
-        raise UserError(f"{count(len(damaged), 'version')} damaged: {damaged}", ExitCode.DAMAGED)
+        raise UserError(f"{count(len(damaged), 'version')} damaged: {', '.join(map(str, damaged))}", ExitCode.DAMAGED)
 
 
 def _stored_as(manifest: Manifest) -> str:

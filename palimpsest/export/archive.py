@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,13 +16,15 @@ from palimpsest.export.stored_version import StoredVersions
 
 MOST_MANIFEST = 32 << 20
 """Maximum size of a manifest, in bytes, as the store accepts it."""
+ADDED, THERE, RESTORED = "added", "there", "restored"
 
 
 def write_archive(stored: StoredVersions, version: int, path: Path) -> str:
     """Write a version and its chain. Return a sentence. Raises UserError; then no file is left."""
     chain = [stored.manifest(version)]
-    while (parent := chain[-1].parent) is not None:
-        chain.append(stored.manifest(parent.version))
+    with stored.whole_chain(version):
+        while (parent := chain[-1].parent) is not None:
+            chain.append(stored.manifest(parent.version))
     with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
         for manifest in reversed(chain):  # the base first: an import adds no delta before its parent
             with stored.user_errors(f"version {manifest.version}"):
@@ -37,11 +40,14 @@ def write_archive(stored: StoredVersions, version: int, path: Path) -> str:
 def read_archive(stored: StoredVersions, path: Path) -> str:
     """Add the versions of the file to the store. Return a sentence.
 
-    Versions that the store holds with the same weights stay as they are. Raises UserError if the file is damaged, of
+    Versions that the store holds with the same weights stay as they are, and get back objects that are missing or
+    damaged. Raises UserError if the file is damaged, of
     another run, or holds other weights under a number of the store; nothing before that place is taken back.
     """
     bodies: dict[str, bytes] = {}
-    added, there = 0, 0
+    outcomes = Counter[str]()
+    if not path.is_file():
+        raise UserError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
         with tarfile.open(path, mode="r:") as archive:
             for member in archive:
@@ -58,29 +64,31 @@ def read_archive(stored: StoredVersions, path: Path) -> str:
                     raise Damaged(f"{member.name} has {member.size} bytes")
                 sealed = file.read()
                 manifest = unseal(sealed)
-                new = _import(stored, manifest, sealed, bodies)
+                outcomes[_import(stored, manifest, sealed, bodies)] += 1
                 bodies.clear()
-                added, there = added + new, there + (not new)
     except (OSError, tarfile.TarError, Damaged) as error:
         raise UserError(f"{path} is not a file of `palimpsest store export`: {error}", ExitCode.DAMAGED) from None
-    return f"{count(added, 'version')} added, {there} were there"
+    restored = f", {outcomes[RESTORED]} were restored" if outcomes[RESTORED] else ""
+    return f"{count(outcomes[ADDED], 'version')} added, {outcomes[THERE]} were there{restored}"
 
 
-def _import(stored: StoredVersions, manifest: Manifest, sealed: bytes, bodies: Mapping[str, bytes]) -> bool:
+def _import(stored: StoredVersions, manifest: Manifest, sealed: bytes, bodies: Mapping[str, bytes]) -> str:
+    """Return what became of the version."""
     if missing := [each.digest for each in manifest.objects if each.digest not in bodies]:
         raise Damaged(f"the object {missing[0][:12]} of version {manifest.version} is missing")
     stored.refuse_other_run(manifest)
     if manifest.version in stored.numbers():
-        if stored.manifest(manifest.version).digest != manifest.digest:
+        there = stored.manifest(manifest.version)
+        if there.digest != manifest.digest:
             raise UserError(f"version {manifest.version} of the store has other weights: nothing was replaced")
-        return False
+        return RESTORED if stored.restore(there, bodies) else THERE
     if manifest.parent is not None and (
         manifest.parent.version not in stored.numbers()
         or stored.manifest(manifest.parent.version).digest != manifest.parent.digest
     ):
         raise Damaged(f"version {manifest.version} is a delta to version {manifest.parent.version}, which is missing")
     stored.add(manifest, sealed, bodies)
-    return True
+    return ADDED
 
 
 def _add(archive: tarfile.TarFile, name: str, body: bytes) -> None:

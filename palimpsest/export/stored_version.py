@@ -23,6 +23,15 @@ from palimpsest.services.snapshot_store.storage import Unavailable
 _MANIFEST = re.compile(r"versions/(\d+)\.json")
 NEAREST = 12
 """Maximum number of versions in an error message."""
+RESTORE = "restore the store from a copy (`palimpsest store import`), or use another version"
+
+
+class NotStored(UserError):
+    """The store does not hold this version."""
+
+    def __init__(self, version: int, message: str) -> None:
+        super().__init__(message)
+        self.version = version
 
 
 class StoredVersions:
@@ -53,7 +62,7 @@ class StoredVersions:
         return sorted(int(match[1]) for key in keys if (match := _MANIFEST.fullmatch(key)))
 
     def manifest(self, version: int | None) -> Manifest:
-        """Return the manifest of a version (None: the newest)."""
+        """Return the manifest of a version (None: the newest). Raises NotStored."""
         there = self.numbers()
         if not there:
             raise UserError(f"run {self._run} has published no version: {self._place} has none")
@@ -62,9 +71,10 @@ class StoredVersions:
         with self.user_errors():
             body = self._runner.run(self._storage.read(key)) if number in there else None
         if body is None:
-            raise UserError(
+            raise NotStored(
+                number,
                 f"version {number} of run {self._run} is not in {self._place}. {_listed(there)}; a run keeps older "
-                f"ones with learner.checkpoint.keep"
+                f"ones with learner.checkpoint.keep",
             )
         with self.user_errors(f"version {number} ({key})"):
             manifest = unseal(body)
@@ -84,9 +94,23 @@ class StoredVersions:
                     yield from decode_tensors(chunks, manifest)
                 return
             raw = RawFile(Path(folder) / "weights.raw")
-            walker = Walker(self, raw)
-            walker.move(manifest.version)
+            with self.whole_chain(manifest.version):
+                Walker(self, raw).move(manifest.version)
             yield from raw.tensors(manifest)
+
+    @contextmanager
+    def whole_chain(self, version: int) -> Iterator[None]:
+        """Raise UserError about damage if the block misses a version on which this one depends."""
+        try:
+            yield
+        except NotStored as missing:
+            if missing.version == version:
+                raise
+            raise UserError(
+                f"version {version} is stored as a delta that needs version {missing.version}, which is not in "
+                f"{self._place}: {RESTORE}",
+                ExitCode.DAMAGED,
+            ) from None
 
     @contextmanager
     def object(self, manifest: Manifest) -> Iterator[Iterator[bytes]]:
@@ -147,6 +171,24 @@ class StoredVersions:
                 self._runner.run(self._storage.put(f"objects/{each.digest}", body, digest=each.digest))
             self._runner.run(self._storage.create(f"versions/{manifest.version:08d}.json", sealed))
 
+    def restore(self, manifest: Manifest, bodies: Mapping[str, bytes]) -> bool:
+        """Store again the objects of a stored version that are missing or damaged. Return whether there was one.
+
+        bodies: by digest; objects without a body stay as they are.
+        """
+
+        async def chunks(body: bytes) -> AsyncIterator[bytes]:
+            yield body
+
+        restored = False
+        with self.user_errors():
+            for digest in {each.digest for each in manifest.objects} & bodies.keys():
+                key = f"objects/{digest}"
+                if self._runner.run(self._storage.read(key)) != bodies[digest]:
+                    self._runner.run(self._storage.put(key, chunks(bodies[digest]), digest=digest))
+                    restored = True
+        return restored
+
     @contextmanager
     def user_errors(self, what: str = "") -> Iterator[None]:
         """Raise UserError for the errors of the storage in the block. what: the subject of a message about damage."""
@@ -155,11 +197,7 @@ class StoredVersions:
         except Unavailable as error:
             raise UserError(f"the storage of the versions cannot be read: {error}", ExitCode.UNAVAILABLE) from None
         except Damaged as damage:
-            raise UserError(
-                f"{what}, in {self._place}: {damage}. Nothing was exported: restore the store from a copy, or export "
-                f"another version (--version)",
-                ExitCode.DAMAGED,
-            ) from None
+            raise UserError(f"{what}, in {self._place}: {damage}: {RESTORE}", ExitCode.DAMAGED) from None
 
 
 async def _next(stream: AsyncIterator[bytes]) -> bytes:

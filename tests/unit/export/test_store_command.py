@@ -45,10 +45,11 @@ def fill(home: Path, versions: int, *, in_parts: bool = False) -> None:
         for version in range(versions):
             raw = weights(version)
             if in_parts:
-                tensors = [RawTensor(name, "bfloat16", (2000,), raw) for name in ("w", "v")]
+                own = {"w": raw, "v": raw.view(np.uint16)[::-1].copy().view(np.uint8)}
+                tensors = [RawTensor(name, "bfloat16", (2000,), part) for name, part in own.items()]
                 ranks = ranks or ShardedStore(client, tensors, run=home.name)
                 manifest = ranks.put(version, tensors)
-                assert len(manifest.objects) == 2
+                assert len(set(manifest.objects)) == 2
                 continue
             manifest = client.put(
                 home.name, Version(version), [RawTensor("w", "bfloat16", (2000,), raw)], [], writer=1, parent=parent
@@ -89,6 +90,75 @@ def test_a_flipped_bit_in_any_object_damages_the_versions_that_need_it(
         assert error.value.code is ExitCode.DAMAGED
         path.write_bytes(whole)
     assert len(lines(capsys, "verify", home, 2)) == 1
+
+
+def test_a_hole_in_a_chain_is_damage_and_does_not_hide_the_other_versions(
+    tmp_path: Path, starting_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = a_run(tmp_path / "first", starting_model)
+    fill(home, 4)
+    archive = tmp_path / "three.tar"
+    lines(capsys, "export", home, 3, archive)
+    (home / "snapshots" / "versions" / "00000001.json").unlink()
+    for words in (["show", home, 3], ["export", home, 3, tmp_path / "none.tar"], ["verify", home]):
+        capsys.readouterr()
+        with pytest.raises(UserError) as error:
+            store_command.store([str(word) for word in words])
+        assert error.value.code is ExitCode.DAMAGED
+    judged = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[1] for line in judged] == [" every digest is right", " DAMAGED", " DAMAGED"]
+    assert "version 3 is stored as a delta that needs version 1, which is not in" in judged[2]
+    assert lines(capsys, "import", home, archive) == ["1 version added, 3 were there"]
+    assert len(lines(capsys, "verify", home)) == 4
+
+
+def test_a_damaged_manifest_is_one_line_of_the_list(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = home / "snapshots" / "versions" / "00000001.json"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"^1 version damaged: 1$") as error:
+        lines(capsys, "ls", home)
+    assert error.value.code is ExitCode.DAMAGED
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed[:3]] == ["0", "1", "2"]
+    assert "DAMAGED" in listed[1]
+
+
+@pytest.mark.parametrize("fault", ["missing", "truncated", "swapped"])
+def test_an_import_restores_the_objects_of_versions_that_are_there(
+    home: Path, tmp_path: Path, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = tmp_path / "two.tar"
+    lines(capsys, "export", home, 2, archive)
+    objects = sorted((home / "snapshots" / "objects").iterdir(), key=lambda path: path.stat().st_size)
+    first, other = objects[-1], objects[-2]
+    whole = first.read_bytes(), other.read_bytes()
+    if fault == "missing":
+        first.unlink()
+    else:
+        first.write_bytes(whole[0][:-1] if fault == "truncated" else whole[1])
+    if fault == "swapped":
+        other.write_bytes(whole[0])
+    with pytest.raises(UserError, match="3 versions damaged: 0, 1, 2"):
+        lines(capsys, "verify", home)
+    assert lines(capsys, "import", home, archive)[0].startswith("0 versions added, ")
+    assert (first.read_bytes(), other.read_bytes()) == whole
+    assert len(lines(capsys, "verify", home)) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["import", "HOME", "HOME/none.tar"], "none.tar: no such file"),
+        (["import", "HOME", "HOME"], "first: not a file"),
+        (["ls", "HOME", "--json"], "palimpsest store --json: there is no such flag"),
+        (["verify", "HOME"], "run first has published no version"),
+    ],
+)
+def test_what_is_not_there_is_named(words: list[str], message: str, tmp_path: Path, starting_model: Path) -> None:
+    home = a_run(tmp_path / "first", starting_model)
+    with pytest.raises(UserError, match=message) as error:
+        store_command.store([word.replace("HOME", str(home)) for word in words])
+    assert error.value.code is ExitCode.CONFIGURATION
 
 
 def test_a_version_moves_to_another_store_with_its_chain(
