@@ -16,7 +16,8 @@ class AdapterConfig(Section):
     kind: Literal["mcp", "ors", "openenv", "nemo_gym", "gymnasium", "textarena", "skyrl_gym", "tau2", "vitabench"]
     """Protocol or package."""
     url: str = ""
-    """Address of the server: ors, openenv, mcp, nemo_gym. Of the user's model: tau2, vitabench."""
+    """Address of the server: ors, openenv, nemo_gym, mcp (`{seed}` in it is the task seed). Of the user's model: tau2,
+    vitabench."""
     command: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Program and arguments of a server process for each session: mcp."""
     id: str = ""

@@ -5,6 +5,7 @@ Clients are our adapters, the client of the package `mcp`, and, in the long test
 
 import asyncio
 import json
+import ssl
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,13 +22,17 @@ from websockets.sync.client import connect
 
 from palimpsest.common.config.env_gateway import AdapterConfig
 from palimpsest.common.control.access import Access, Role, Token, digest
-from palimpsest.common.environments.port import EnvironmentFailed, Reply, Score, Turn
+from palimpsest.common.environments.lookup import Lookup
+from palimpsest.common.environments.port import EnvironmentFailed, Message, Reply, Score, Turn
 from palimpsest.common.environments.tool_calls import read
+from palimpsest.common.environments.worlds.retail import RetailMini
 from palimpsest.common.service import Stop, listen, serve_sockets
 from palimpsest.common.sessions.registry import FAMILIES, WORLDS, Entry, built_in
 from palimpsest.common.sessions.sessions import SessionLimits, Sessions
 from palimpsest.common.sessions.wire import ToolCall
+from palimpsest.env import Task, from_tools
 from palimpsest.services.env_gateway.adapters.adapter import AdapterEnvironment
+from palimpsest.services.env_gateway.adapters.mcp_tools import McpTools
 from palimpsest.services.env_gateway.adapters.openenv_session import OpenEnvSession
 from palimpsest.services.env_gateway.adapters.ors import OrsEnvironment
 from palimpsest.services.env_gateway.serving.served_session import tools_of
@@ -35,6 +40,8 @@ from palimpsest.services.env_gateway.serving.server import MAX_BYTES, Kind, firs
 from tests.unit.env_gateway.fakes import ScriptedWorld, counter_value, reply
 from tools.backends.packages import interpreter
 
+Asked = from_tools(start=lambda seed: Task(f"Task {seed}", None), reward=lambda _state, _answer: 0.0)
+"""Tasks for the tools of an MCP server."""
 HERE = Path(__file__).parent / "serving"
 LIMITS = SessionLimits(max_sessions=8, lease_s=600.0, remember_s=60.0, result_bytes=65536)
 OPEN = Access(hosts=frozenset({"localhost"}))
@@ -69,14 +76,19 @@ class Running:
         self._thread.join()
 
 
-def solution(name: str, seed: int) -> Calls:
-    """Calls that solve the task, messages as send_message."""
+def turns_of(name: str, seed: int) -> list[Turn]:
+    """Messages of the model that solve the task."""
     if name in FAMILIES:
         texts = FAMILIES[name].solution(seed)
     else:
         world, split = name.partition(".")[::2]
         texts = WORLDS[world][0].solution(seed, split or "train")
-    turns = [read(text) for text in texts]
+    return [read(text) for text in texts]
+
+
+def solution(name: str, seed: int) -> Calls:
+    """Calls that solve the task, messages as send_message."""
+    turns = turns_of(name, seed)
     return [call for turn in turns for call in ([(one.name, one.arguments) for one in turn.calls] or [sent(turn.text)])]
 
 
@@ -109,11 +121,57 @@ def test_the_solution_earns_1_through_our_adapter_and_another_policy_less(kind: 
             with adapter(kind, running.url) as one, adapter(kind, running.url) as other:
                 opening, again = one.reset(seed), other.reset(seed)
                 assert opening == again
-                assert [schema["function"]["name"] for schema in opening.tools][-1] == "send_message"
+                assert "send_message" not in [schema["function"]["name"] for schema in opening.tools]
                 assert play(other, [sent("I do not know.")] * 3).reward < 1
                 assert play(one, solution(name, seed)) == Score(1.0, True, {"own_reward": 1.0})
         while running.sessions.live:  # a closed connection ends its session
             pass
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("name", ["lookup", "retail-mini"])
+def test_our_adapter_sends_messages_without_a_tool_call(kind: Kind, name: str) -> None:
+    """So a policy of the environment itself sees the same tools and earns the same."""
+    own = Lookup().reset(3).tools if name == "lookup" else RetailMini().reset(3).tools
+    with Running(kind, name) as running:
+        for seed in (3, 4):
+            with adapter(kind, running.url) as environment:
+                shown = environment.reset(seed).tools
+                assert [one["function"]["name"] for one in shown] == [one["function"]["name"] for one in own]
+                *before, last = [environment.step(turn) for turn in turns_of(name, seed)]
+                assert all(isinstance(outcome, Reply) and not outcome.tool_errors for outcome in before)
+                assert last == Score(1.0, True, {"own_reward": 1.0})
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_the_reply_to_a_message_is_one_of_the_user(kind: Kind) -> None:
+    world = ScriptedWorld(reply("and then?"), Score(0.25, False))
+    with Running(kind, "fake", fake=world) as running, adapter(kind, running.url) as environment:
+        environment.reset(3)
+        assert environment.step(Turn("hello")) == Reply((Message(role="user", content="and then?"),))
+        assert environment.step(Turn("bye")) == Score(0.25, False, {"own_reward": 0.25})
+        assert [turn.answer for turn in world.turns] == ["hello", "bye"]
+
+
+def test_a_session_of_ors_reads_no_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read once, before the sessions are forked."""
+    with Running("ors", "lookup") as running, adapter("ors", running.url) as environment:
+        monkeypatch.setattr(ssl, "create_default_context", lambda *_, **__: pytest.fail("certificates are read"))
+        environment.reset(3)
+
+
+def test_a_seed_in_the_url_of_mcp_is_the_task() -> None:
+    with Running("mcp", "lookup") as running:
+        url, tasks = f"{running.url}/tasks/{{seed}}/mcp", f"{__name__}:Asked"
+        results = []
+        for seed in (3, 4):
+            environment = McpTools(AdapterConfig(kind="mcp", url=url, tasks=tasks).model_dump_json())
+            environment.reset(seed)
+            results.append(environment.step(turns_of("lookup", seed)[0]))
+            environment.close()
+        expected = [turns_of("lookup", seed)[1].text for seed in (3, 4)]
+        assert expected[0] != expected[1]
+        assert [result.messages[0].content for result in results] == expected
 
 
 def test_a_split_of_ors_is_an_environment() -> None:

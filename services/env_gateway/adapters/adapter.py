@@ -15,6 +15,9 @@ from palimpsest.common.environments.port import Message, Opening, Outcome, Reply
 from palimpsest.common.sessions.output_validation import check_opening
 
 NO_TOOLS = "this environment has no tools: write the next action as text"
+MESSAGE_TOOL = "send_message"
+MESSAGE_ARGUMENT = "text"
+"""The tool, and its only argument, that takes a message without a tool call where a protocol has tools alone."""
 
 
 class AdapterUnusable(Exception):
@@ -126,6 +129,11 @@ def mapped(reward: float, bounds: tuple[float, float] | None) -> Score:
         raise ValueError(f"the environment's reward is {reward:g}, {where}")
     value = min(max((reward - low) / (high - low), 0.0), 1.0)
     return Score(value, value >= 1.0, {"own_reward": reward})
+
+
+def takes_messages(name: str, schema: Mapping[str, Any]) -> bool:
+    """Return whether this tool takes the model's messages without a tool call; then the model need not see it."""
+    return name == MESSAGE_TOOL and set(schema.get("properties", {})) == {MESSAGE_ARGUMENT}
 
 
 def user(text: str) -> Message:

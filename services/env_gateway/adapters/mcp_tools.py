@@ -24,6 +24,8 @@ START_S = 30.0
 """Time limit for the connection to a server, in seconds."""
 CLOSE_S = 5.0
 MAX_TURNS = 64
+SEED = "{seed}"
+"""In a URL: the task seed of the session."""
 
 
 class McpTools(AdapterEnvironment):
@@ -38,7 +40,7 @@ class McpTools(AdapterEnvironment):
             raise AdapterUnusable("kind 'mcp' needs either `command` or `url`")
         self._inner = self._tasks()
         opening = self._inner.reset(seed)
-        self._connection = McpConnection(self._target())
+        self._connection = McpConnection(self._target(self.settings.url.replace(SEED, str(seed))))
         tools = self._connection.tools()
         if not tools:
             raise AdapterUnusable("the MCP server has no tools")
@@ -95,11 +97,11 @@ class McpTools(AdapterEnvironment):
         environment: Environment = made(self.settings.split) if getattr(made, "splits", ()) else made()
         return environment
 
-    def _target(self) -> Any:
+    def _target(self, url: str) -> Any:
         mcp = self.imported("mcp")
-        if self.settings.url:
+        if url:
             token = os.environ.get(self.settings.token_variable, "") if self.settings.token_variable else ""
-            return partial(_over_http, self.settings.url, token) if token else self.settings.url
+            return partial(_over_http, url, token) if token else url
         command, *arguments = self.settings.command
         return mcp.StdioServerParameters(command=command, args=arguments, env=proxy_variables())
 

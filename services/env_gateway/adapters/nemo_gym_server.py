@@ -17,6 +17,7 @@ from palimpsest.common.environments.authoring.state_hash import hash_of
 from palimpsest.common.environments.port import Message, Opening, Outcome, Reply, Score, Turn
 from palimpsest.common.user_error import UserError
 from palimpsest.services.env_gateway.adapters.adapter import AdapterEnvironment, AdapterUnusable, function_schema
+from palimpsest.services.env_gateway.adapters.certificates import TLS
 
 CONNECT_S = 10.0
 RESERVED = frozenset({"verify", "seed_session", "aggregate_metrics", "mcp"})
@@ -40,7 +41,7 @@ class NemoGymServer(AdapterEnvironment):
         self._tools = {str(tool["name"]): tool for tool in asked.get("tools") or ()}
         if wrong := sorted(RESERVED & self._tools.keys()):
             raise AdapterUnusable(f"{self.settings.tasks} names {wrong[0]} as a tool, which is a route of the server")
-        self._client = httpx.Client(base_url=self.settings.url, timeout=httpx.Timeout(CONNECT_S, read=None))
+        self._client = httpx.Client(base_url=self.settings.url, timeout=httpx.Timeout(CONNECT_S, read=None), verify=TLS)
         self._output: list[dict[str, Any]] = []
         self._calls = 0
         self._verified = False

@@ -12,10 +12,13 @@ from typing import Any
 from palimpsest.common.environments.authoring.state_hash import hash_of
 from palimpsest.common.environments.port import Message, Opening, Outcome, Reply, Score, Turn
 from palimpsest.services.env_gateway.adapters.adapter import (
+    MESSAGE_ARGUMENT,
+    MESSAGE_TOOL,
     NO_TOOLS,
     AdapterEnvironment,
     AdapterUnusable,
     function_schema,
+    takes_messages,
     user,
 )
 
@@ -52,14 +55,19 @@ class OpenEnvSession(AdapterEnvironment):
         text = _text(self._first)
         if not text:
             raise AdapterUnusable("the first observation of the environment is empty")
-        return Opening((user(text),), tuple(function_schema(*one) for one in self._tools))
+        shown = [one for one in self._tools if not takes_messages(one[0], one[2])]
+        self._takes_messages = len(shown) < len(self._tools)
+        return Opening((user(text),), tuple(function_schema(*one) for one in shown))
 
     def step(self, turn: Turn) -> Outcome:
         if turn.answer is not None:
-            if not self.settings.action_field:
-                return self._ended()
-            found = self._acted({self.settings.action_field: turn.answer})
-            return self._ended() if found["done"] else Reply((user(_text(found["observation"])),))
+            if self.settings.action_field:
+                found = self._acted({self.settings.action_field: turn.answer})
+                return self._ended() if found["done"] else Reply((user(_text(found["observation"])),))
+            if self._takes_messages:
+                found = self._called(MESSAGE_TOOL, {MESSAGE_ARGUMENT: turn.answer})
+                return self._ended() if found["done"] else Reply((user(_result(found["observation"])),))
+            return self._ended()
         messages, errors = [], 0
         known = {name for name, _, _ in self._tools}
         for call in turn.calls:
@@ -67,7 +75,7 @@ class OpenEnvSession(AdapterEnvironment):
                 errors += 1
                 messages.append(Message(role="tool", content=f"there is no tool {call.name}" if known else NO_TOOLS))
                 continue
-            found = self._acted({"type": "call_tool", "tool_name": call.name, "arguments": call.arguments})
+            found = self._called(call.name, call.arguments)
             if found["done"]:
                 return self._ended()
             observation = found["observation"]
@@ -110,6 +118,9 @@ class OpenEnvSession(AdapterEnvironment):
         if not found:
             raise AdapterUnusable("the environment has no tools; name the text of its action with action_field")
         return [(one["name"], one["description"], one["input_schema"]) for one in found]
+
+    def _called(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return self._acted({"type": "call_tool", "tool_name": name, "arguments": arguments})
 
     def _acted(self, action: Mapping[str, Any]) -> dict[str, Any]:
         self._steps += 1

@@ -13,7 +13,16 @@ import httpx
 
 from palimpsest.common.environments.authoring.state_hash import hash_of
 from palimpsest.common.environments.port import Message, Opening, Outcome, Reply, Score, Turn
-from palimpsest.services.env_gateway.adapters.adapter import AdapterEnvironment, AdapterUnusable, function_schema
+from palimpsest.services.env_gateway.adapters.adapter import (
+    MESSAGE_ARGUMENT,
+    MESSAGE_TOOL,
+    AdapterEnvironment,
+    AdapterUnusable,
+    function_schema,
+    takes_messages,
+    user,
+)
+from palimpsest.services.env_gateway.adapters.certificates import TLS
 
 CONNECT_S = 10.0
 RESUMES = 5
@@ -30,7 +39,7 @@ class OrsEnvironment(AdapterEnvironment):
         token = os.environ.get(self.settings.token_variable, "") if self.settings.token_variable else ""
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._client = httpx.Client(
-            base_url=self.settings.url, headers=headers, timeout=httpx.Timeout(CONNECT_S, read=None)
+            base_url=self.settings.url, headers=headers, timeout=httpx.Timeout(CONNECT_S, read=None), verify=TLS
         )
         offered = self._get("/list_environments")
         self._name = self.settings.id or str(next(iter(offered), ""))
@@ -50,14 +59,20 @@ class OrsEnvironment(AdapterEnvironment):
         self._calls = 0
         self._first = hash_of(self._name, self.settings.split, index)
         prompt = _text(self._get(f"/{self._name}/prompt"))
-        schemas = (function_schema(one["name"], one["description"], one.get("input_schema")) for one in tools["tools"])
-        return Opening((Message(role="user", content=prompt),), tuple(schemas))
+        listed = [(one["name"], one["description"], one.get("input_schema") or {}) for one in tools["tools"]]
+        shown = [one for one in listed if self._terminal is not None or not takes_messages(one[0], one[2])]
+        self._takes_messages = len(shown) < len(listed)
+        return Opening((Message(role="user", content=prompt),), tuple(function_schema(*one) for one in shown))
 
     def step(self, turn: Turn) -> Outcome:
         if turn.answer is not None:
             if self._terminal is not None:
                 argument = self._terminal.get("arg")
                 self._run(str(self._terminal["name"]), {argument: turn.answer} if argument else {})
+            elif self._takes_messages:
+                text, failed, finished = self._run(MESSAGE_TOOL, {MESSAGE_ARGUMENT: turn.answer})
+                if not finished:
+                    return Reply((user(text),), int(failed))
             return self._ended()
         messages, errors = [], 0
         for call in turn.calls:

@@ -12,10 +12,15 @@ HOPELESS_BUDGETS = 2
 """The run ends if this many times the admitted number of trajectories were dropped and none arrived."""
 
 
-def refuse_hopeless(dropped: int, *, admitted: int, waiting: int, reasons: Mapping[str, int]) -> None:
+LONGEST_DETAIL = 300
+"""Characters of a worker's text in the error."""
+
+
+def refuse_hopeless(dropped: int, *, admitted: int, waiting: int, reasons: Mapping[str, int], detail: str = "") -> None:
     """Raise UserError if no trajectory waits and too many were dropped.
 
     dropped: number since the last batch. admitted: number that may be in flight. reasons: totals of the run.
+    detail: why a worker dropped the last of them.
     """
     if dropped >= HOPELESS_BUDGETS * admitted and not waiting:
         cause = "the reasons (usually the environment or its gateway). Fix the cause"
@@ -24,9 +29,10 @@ def refuse_hopeless(dropped: int, *, admitted: int, waiting: int, reasons: Mappi
                 "their lengths. Raise sampling.max_trajectory_tokens, with a model whose context is as long, or choose "
                 "an environment with a shorter first message"
             )
+        last = f"The last one: {' '.join(detail.split())[:LONGEST_DETAIL]}. " if detail else ""
         raise UserError(
-            f"{dropped} trajectories in a row were dropped and none arrived: {dict(reasons)}. The workers' logs hold "
-            f"{cause}, and continue with --resume",
+            f"{dropped} trajectories in a row were dropped and none arrived: {dict(reasons)}. {last}The workers' logs "
+            f"hold {cause}, and continue with --resume",
             ExitCode.UNAVAILABLE,
         )
 

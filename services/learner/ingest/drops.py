@@ -128,7 +128,13 @@ class Drops:
         reasons = self.counts()
         new = {reason: number - before.get(reason, 0) for reason, number in reasons.items()}
         even = new.pop(DropReason.EVEN_GROUP.value, 0)
-        refuse_hopeless(sum(new.values()), admitted=self._budget, waiting=self._ledger.waiting(), reasons=reasons)
+        refuse_hopeless(
+            sum(new.values()),
+            admitted=self._budget,
+            waiting=self._ledger.waiting(),
+            reasons=reasons,
+            detail=self._reader.dropped_because,
+        )
         refuse_even(even, admitted=self._budget)
 
     def take_skipped(self) -> dict[str, int]:

@@ -111,6 +111,8 @@ class TrajectoryReader:
         """Trajectories waiting to be trained on, by id."""
         self.flushed = FlushBuffer()
         """Flushes of live trajectories, until they are scored or their trajectory ends."""
+        self.dropped_because = ""
+        """Why a worker dropped the last trajectory that it dropped."""
         self.sampled_tokens = 0
         """Trainable tokens of all trajectories that arrived."""
 
@@ -241,6 +243,7 @@ class TrajectoryReader:
     def _accept_drop(self, message: TrajectoryDropped, record: Record, status: ArrivalStatus) -> None:
         if status in ACCEPTED:
             instruments.DROPPED.labels(message.reason.value).inc()
+            self.dropped_because = message.detail
             self.forget(message.trajectory)
         self._tracker.resolve(record.partition, record.offset)
         self._log(status, message, record)

@@ -24,3 +24,11 @@ def test_prompts_that_are_too_long_are_named_with_the_key_to_change() -> None:
         refuse_hopeless(16, admitted=8, waiting=0, reasons={"prompt_too_long": 16})
     with pytest.raises(UserError, match="usually the environment or its gateway"):
         refuse_hopeless(16, admitted=8, waiting=0, reasons={"prompt_too_long": 15, "engine_failed": 1})
+
+
+def test_the_error_holds_what_the_last_worker_said() -> None:
+    detail = "the first observation has 1130 tokens,\nbut sampling.max_trajectory_tokens is 96"
+    with pytest.raises(UserError, match=r"The last one: the first observation has 1130 tokens, but .* is 96\. The "):
+        refuse_hopeless(16, admitted=8, waiting=0, reasons={"prompt_too_long": 16}, detail=detail)
+    with pytest.raises(UserError, match=r"'engine_failed': 16}\. The workers"):
+        refuse_hopeless(16, admitted=8, waiting=0, reasons={"engine_failed": 16})

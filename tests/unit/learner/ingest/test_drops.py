@@ -6,7 +6,7 @@ from msgspec import structs
 from palimpsest.common.arrays import pack_int32
 from palimpsest.common.branches import Branch
 from palimpsest.common.bus.sqlite import SqliteBus
-from palimpsest.common.messages import TRAJECTORIES, DropReason, encode
+from palimpsest.common.messages import TRAJECTORIES, DropReason, TrajectoryDropped, encode
 from palimpsest.common.metrics import REGISTRY
 from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.user_error import UserError
@@ -68,6 +68,21 @@ def test_groups_of_equal_rewards_are_skipped_and_counted_by_environment(bus: Sql
     assert (ingest.ledger.complete(), drops.counts()) == (1, {"even_group": 2})
     assert (drops.take_skipped(), drops.take_skipped()) == ({"lookup": 1}, {})
     assert ingest.tasks.offer(Version(0), now=0.0) == 1, "the learner may offer another group"
+
+
+def test_a_run_without_hope_ends_with_what_the_worker_said(bus: SqliteBus) -> None:
+    ingest, detail = an_offered(bus), "the environment has no task 7"
+    names = [(f"g{group:06d}", sample) for group in range(2) for sample in range(2)]
+    publish(
+        bus,
+        *(
+            TrajectoryDropped("test", f"{group}/{sample}", group, "worker-0", DropReason.ENVIRONMENT_FAILED, detail)
+            for group, sample in names
+        ),
+    )
+    ingest.reader.read_all(NEWEST, timeout_s=0)
+    with pytest.raises(UserError, match=f"{{'environment_failed': 4}}\\. The last one: {detail}\\. "):
+        Drops(ingest, budget=2).end_if_hopeless({})
 
 
 def test_a_trajectory_on_which_the_training_failed_is_dead_lettered(bus: SqliteBus) -> None:

@@ -1,0 +1,8 @@
+"""The TLS context of all clients over HTTP, made when the fork server loads the adapters.
+
+Reading the certificates takes more processor time than the rest of a short session.
+"""
+
+import httpx
+
+TLS = httpx.create_ssl_context()
