@@ -5,8 +5,9 @@ Clients are our adapters, the client of the package `mcp`, and, in the long test
 
 import asyncio
 import json
-import ssl
+import os
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -153,11 +154,17 @@ def test_the_reply_to_a_message_is_one_of_the_user(kind: Kind) -> None:
         assert [turn.answer for turn in world.turns] == ["hello", "bye"]
 
 
-def test_a_session_of_ors_reads_no_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are read once, before the sessions are forked."""
-    with Running("ors", "lookup") as running, adapter("ors", running.url) as environment:
-        monkeypatch.setattr(ssl, "create_default_context", lambda *_, **__: pytest.fail("certificates are read"))
-        environment.reset(3)
+@pytest.mark.parametrize("kind", ["ors", "mcp"])
+def test_a_session_loads_no_module_and_reads_no_certificates(kind: Kind) -> None:
+    """The fork server has done both for all sessions; in each session it took several times as long as the rest."""
+    with Running(kind, "lookup") as running:
+        url = f"{running.url}/tasks/{{seed}}/mcp" if kind == "mcp" else running.url
+        config = AdapterConfig(kind=kind, url=url, tasks=f"{__name__}:Asked" if kind == "mcp" else "")
+        found = subprocess.run(
+            [sys.executable, str(HERE / "forked_session.py"), config.model_dump_json()],
+            capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+        assert json.loads(found.stdout) == {"loaded": [], "contexts": 0}, found.stderr
 
 
 def test_a_seed_in_the_url_of_mcp_is_the_task() -> None:

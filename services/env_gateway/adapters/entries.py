@@ -24,8 +24,12 @@ CLASSES: Mapping[str, str] = {
     "vitabench": "vitabench_task:VitaBenchTask",
 }
 """Kind -> module and class in this folder."""
+FIRST_CLIENT = ("encodings.idna", "httpcore")
+"""Modules that httpx loads with its first client and its first connection."""
 PACKAGES: Mapping[str, tuple[str, ...]] = {
-    "mcp": ("mcp",),
+    "mcp": (f"{FOLDER}.mcp_http", "httpcore2", "anyio._backends._asyncio"),
+    "ors": FIRST_CLIENT,
+    "nemo_gym": FIRST_CLIENT,
     "openenv": ("websockets.sync.client",),
     "gymnasium": ("gymnasium",),
     "textarena": ("textarena",),
@@ -61,7 +65,9 @@ def specs(
 def modules(adapters: Mapping[str, AdapterConfig]) -> tuple[str, ...]:
     """Return the modules to load before the sessions are forked."""
     own = {f"{FOLDER}.{CLASSES[config.kind].partition(':')[0]}" for config in adapters.values()}
-    return (*sorted(own), *sorted({name for config in adapters.values() for name in PACKAGES.get(config.kind, ())}))
+    tasks = {config.tasks.partition(":")[0] for config in adapters.values() if config.kind == "mcp" and config.tasks}
+    packages = {name for config in adapters.values() for name in PACKAGES.get(config.kind, ())}
+    return (*sorted(own), *sorted(packages), *sorted(tasks))
 
 
 def variables(adapters: Mapping[str, AdapterConfig]) -> tuple[str, ...]:

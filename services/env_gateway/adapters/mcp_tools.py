@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any
 
@@ -101,7 +101,7 @@ class McpTools(AdapterEnvironment):
         mcp = self.imported("mcp")
         if url:
             token = os.environ.get(self.settings.token_variable, "") if self.settings.token_variable else ""
-            return partial(_over_http, url, token) if token else url
+            return partial(self.imported(f"{__package__}.mcp_http").over_http, url, token)
         command, *arguments = self.settings.command
         return mcp.StdioServerParameters(command=command, args=arguments, env=proxy_variables())
 
@@ -189,20 +189,6 @@ class McpConnection:
                     left[1].set_exception(ConnectionError("the MCP server ended the connection"))
             with contextlib.suppress(Exception):
                 await asyncio.sleep(0)
-
-
-@contextlib.asynccontextmanager
-async def _over_http(url: str, token: str) -> AsyncIterator[Any]:
-    """Connect to a server over streamable HTTP, with a bearer token."""
-    from mcp.client.streamable_http import streamable_http_client
-    from mcp.shared._httpx_utils import create_mcp_http_client
-
-    headers = {"Authorization": f"Bearer {token}"}
-    async with (
-        create_mcp_http_client(headers=headers) as http,
-        streamable_http_client(url, http_client=http) as streams,
-    ):
-        yield streams
 
 
 def _cause(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from palimpsest.common.environments.authoring.state_hash import hash_of
 from palimpsest.common.environments.port import Message, Opening, Outcome, Reply, Score, Turn
 from palimpsest.common.user_error import UserError
 from palimpsest.services.env_gateway.adapters.adapter import AdapterEnvironment, AdapterUnusable, function_schema
-from palimpsest.services.env_gateway.adapters.certificates import TLS
+from palimpsest.services.env_gateway.adapters.http_client import TLS
 
 CONNECT_S = 10.0
 RESERVED = frozenset({"verify", "seed_session", "aggregate_metrics", "mcp"})

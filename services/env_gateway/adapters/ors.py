@@ -22,7 +22,7 @@ from palimpsest.services.env_gateway.adapters.adapter import (
     takes_messages,
     user,
 )
-from palimpsest.services.env_gateway.adapters.certificates import TLS
+from palimpsest.services.env_gateway.adapters.http_client import TLS
 
 CONNECT_S = 10.0
 RESUMES = 5

@@ -1,6 +1,6 @@
 """The TLS context of all clients over HTTP, made when the fork server loads the adapters.
 
-Reading the certificates takes more processor time than the rest of a short session.
+Reading the certificates takes several times as long as the rest of a short session.
 """
 
 import httpx
