@@ -155,7 +155,7 @@ def format_result(summary: Mapping[str, Any], home: Path) -> str:
         ]
         if stored := summary["stored"]:
             lines.append(
-                f"{count(stored['versions'], 'version')} stored in {stored['bytes'] / 1e6:,.1f} MB, full copies have "
-                f"{stored['full_bytes'] / 1e6:,.1f} MB"
+                f"{count(stored['versions'], 'version')} stored in {stored['bytes'] / 1e6:,.1f} MB "
+                f"({stored['full_bytes'] / 1e6:,.1f} MB as full copies)"
             )
     return "\n".join([*lines, f"report: {home / 'report.html'}", f"summary: {home / 'summary.json'}"])

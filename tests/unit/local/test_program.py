@@ -144,7 +144,7 @@ def test_the_result_has_a_short_text():
     assert console_text.format_result(summary, Path("runs/r1")).splitlines() == [
         "200 versions in 3 min 15 s (and 31 s to start)",
         "success 0.025 -> 0.991, reward 0.101 -> 0.995 (first and last tenth of 51,200 trajectories)",
-        "200 versions stored in 16.8 MB, full copies have 46.8 MB",
+        "200 versions stored in 16.8 MB (46.8 MB as full copies)",
         "report: runs/r1/report.html",
         "summary: runs/r1/summary.json",
     ]
