@@ -20,6 +20,7 @@ from palimpsest.services.learner.losses.vcpo import (
 )
 from palimpsest.services.learner.training.min_variance_baseline import MinimumVarianceBaseline
 from tests.oracles import vcpo as oracle
+from tests.processes.waiting import LIMIT_S
 
 CASES = 200
 
@@ -30,7 +31,7 @@ def alone(value: tuple[float, ...]) -> list[tuple[float, ...]]:
 
 def over_ranks(parts: list[Tensor]) -> list[float | Exception]:
     """Result of `ess` on each rank: one thread per rank, with its part of the log-weights."""
-    barrier = threading.Barrier(len(parts), timeout=20)
+    barrier = threading.Barrier(len(parts), timeout=LIMIT_S)
     boxes: list[tuple[float, ...]] = [()] * len(parts)
 
     def gather_of(rank: int) -> Callable[[tuple[float, ...]], list[tuple[float, ...]]]:

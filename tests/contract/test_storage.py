@@ -18,6 +18,7 @@ from palimpsest.services.snapshot_store.storage import DigestMismatch, Storage
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from palimpsest.services.snapshot_store.storage_minio import MinioStorage
 from tests.contract.storages import LARGE, MEBIBYTE, S3, Disk, Place, broken, chunks, streamed
+from tests.processes.waiting import LIMIT_S
 from tools.backends.minio import Minio
 
 pytestmark = pytest.mark.thorough
@@ -156,7 +157,7 @@ def create_all(place: Place, name: str, say: "SimpleQueue[str]", go: Event) -> N
     async def race() -> list[str]:
         storage = place.open()
         say.put("ready")
-        go.wait(60)
+        go.wait(LIMIT_S)
         return [key for key in (f"k{i}" for i in range(KEYS)) if await storage.create(key, name.encode())]
 
     say.put(",".join(asyncio.run(race())))
@@ -176,7 +177,7 @@ async def test_exactly_one_of_several_processes_creates_each_key(place: Place) -
     go.set()
     won = {f"racer {i}": set(filter(None, answer.get().split(","))) for i, answer in enumerate(answers)}
     for racer in racers:
-        racer.join(60)
+        racer.join(LIMIT_S)
     assert sorted(key for keys in won.values() for key in keys) == sorted(f"k{i}" for i in range(KEYS))
     storage = place.open()
     stored = {key: ((await storage.read(key)) or b"").decode() for key in await storage.keys("")}
@@ -261,7 +262,7 @@ async def test_older_lists_the_keys_above_an_age(storage: Storage) -> None:
     for key in ("claims/b", "claims/a", "objects/a"):
         await storage.put(key, chunks(b"x"))
     assert await storage.older("claims/", 3600.0) == []
-    async with asyncio.timeout(10):  # S3 timestamps are in whole seconds
+    async with asyncio.timeout(LIMIT_S):  # S3 timestamps are in whole seconds
         while await storage.older("claims/", 1.0) != ["claims/a", "claims/b"]:
             await asyncio.sleep(0.05)
     assert await storage.older("claims/", 3600.0) == []

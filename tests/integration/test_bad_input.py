@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.processes.programs import run_program
+from tests.processes.waiting import LIMIT_S
 from tests.runs.run_process import ROOT, RunProcess, scripted
 
 pytestmark = pytest.mark.thorough
-
-WITHIN_S = 120.0
 
 
 def ended(module: str, *arguments: str | Path, environment: dict[str, str] | None = None) -> tuple[int, str]:
@@ -28,7 +27,7 @@ def ended(module: str, *arguments: str | Path, environment: dict[str, str] | Non
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=WITHIN_S,
+        timeout=LIMIT_S,
     )
     assert "Traceback" not in done.stdout
     return done.returncode, done.stdout
@@ -184,9 +183,7 @@ def test_a_service_refuses_a_port_in_use(toml: Path, taken: int, service: str) -
 
 @pytest.mark.servers
 def test_a_port_in_use_ends_the_run(toml: Path, taken: int) -> None:
-    code, output = RunProcess(toml, f"--env_gateway.port={taken}", "--rollout.environments=gateway").finish(
-        within_s=WITHIN_S
-    )
+    code, output = RunProcess(toml, f"--env_gateway.port={taken}", "--rollout.environments=gateway").finish()
     assert code == 3, output
     assert f"env_gateway: port {taken} on 127.0.0.1 is in use: stop the program that uses it" in output
     assert f"palimpsest run --resume {toml.parent / 'scripted'}" in output

@@ -26,12 +26,12 @@ from tests.unit.env_gateway.running import (
     LosesAnswers,
     accepts,
     answering,
-    free_port,
     launching,
     plugged_in,
     refusal,
     until,
 )
+from tools.backends.ports import free
 
 pytestmark = pytest.mark.servers
 
@@ -43,7 +43,7 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 
 
 @asynccontextmanager
-async def client(url: str, *, timeout_s: float = 60.0) -> AsyncIterator[SessionClient]:
+async def client(url: str, *, timeout_s: float = LIMIT_S) -> AsyncIterator[SessionClient]:
     async with SessionClient(url, timeout_s=timeout_s, connections=200) as opened:
         yield opened
 
@@ -64,7 +64,7 @@ async def test_two_hundred_concurrent_sessions_run_to_their_end(launch: Launch) 
     async with client(gateway.url) as sessions:
         ends = await asyncio.gather(*(played(sessions, "lookup", seed, lookup.solution(seed)) for seed in range(200)))
     assert [(end.status, end.reward, end.success) for end in ends] == [(Status.TERMINATED, 1.0, True)] * 200
-    status = httpx.get(f"{gateway.url}/v1/status").json()
+    status = httpx.get(f"{gateway.url}/v1/status", timeout=LIMIT_S).json()
     assert (status["live_sessions"], status["sessions"]) == (0, {"terminated": 200})
     assert gateway.metric('palimpsest_gateway_steps_total{environment="lookup"}') == 400
     assert gateway.metric('palimpsest_gateway_reward_sum{environment="lookup"}') == 200
@@ -226,7 +226,7 @@ async def test_a_process_that_left_its_session_ends_with_it(launch: Launch, end:
 
 
 def test_an_open_address_without_a_token_is_refused(launch: Launch) -> None:
-    code, error = refusal(launch("--env_gateway.host=0.0.0.0", f"--env_gateway.port={free_port()}"))
+    code, error = refusal(launch("--env_gateway.host=0.0.0.0", f"--env_gateway.port={free()}"))
     assert code == 2
     assert error.startswith("env_gateway.host: 0.0.0.0 can be reached from outside this machine")
     assert VARIABLE in error
@@ -259,7 +259,7 @@ def test_a_port_in_use_is_reported_with_its_key(launch: Launch) -> None:
     ],
 )
 def test_unusable_environments_are_refused_before_the_gateway_listens(launch: Launch, flag: str, start: str) -> None:
-    process = launch(f"--env_gateway.port={free_port()}", flag)
+    process = launch(f"--env_gateway.port={free()}", flag)
     code, error = refusal(process)
     assert code == 2
     assert error.startswith(start)
@@ -301,7 +301,7 @@ async def test_a_killed_gateway_leaves_no_process_even_if_environments_hang(laun
 
 
 async def test_a_gateway_killed_while_it_loads_a_module_leaves_no_process(launch: Launch, tmp_path: Path) -> None:
-    process = launch(f"--env_gateway.port={free_port()}", "--env_gateway.plugins={ mine = 'never_loads:Class' }")
+    process = launch(f"--env_gateway.port={free()}", "--env_gateway.plugins={ mine = 'never_loads:Class' }")
     await until((tmp_path / "never_loads.entered").exists)
     (fork_server,) = psutil.Process(process.pid).children()
     process.kill()
@@ -315,7 +315,7 @@ async def test_the_example_environment_of_the_documentation_works(launch: Launch
     (table,) = re.findall(r"```toml\n\[env_gateway\]\nplugins = (.*?)\n```", page, re.DOTALL)
     (tmp_path / "guess.py").write_text(source)
     gateway = answering(launch, f"--env_gateway.plugins={table}")
-    described = httpx.get(f"{gateway.url}/v1/envs/guess").json()
+    described = httpx.get(f"{gateway.url}/v1/envs/guess", timeout=LIMIT_S).json()
     assert described["description"] == "Find a number by asking whether it is higher or lower."
     async with client(gateway.url) as sessions:
         session = await sessions.create(CreateSession(environment="guess", seed=5), idempotency_key="k")

@@ -124,7 +124,7 @@ def change_the_run(run: RunProcess, home: Path, page: Page) -> tuple[int, int]:
     wait_for(lambda: several_versions(home), run, name="a trajectory of several versions")
     wait_for(lambda: len(flushed_at(home)) > 1, run, name="a second cut that flushes")
     later = press("Pause training", "pause training")
-    metrics = httpx.get(f"{url_in(home, 'learner')}/metrics").text
+    metrics = httpx.get(f"{url_in(home, 'learner')}/metrics", timeout=LIMIT_S).text
     assert f"\npalimpsest_learner_learning_rate {FASTER}\n" in metrics
     assert "\npalimpsest_learner_settings_generation 1.0\n" in metrics
     send(learner, "PATCH", "/v1/settings", {"learner.versions": later + 2, "learner.max_staleness": 5})

@@ -20,7 +20,7 @@ from palimpsest.common.bus.port import Consumer, Outgoing, Record
 from palimpsest.common.outages import KAFKA, OUTAGES, Outages
 from palimpsest.common.user_error import ExitCode, UserError
 from tests.contract.logs import GROUP, PARTITIONS, TOPIC, bodies, everything, poll_until, take, things
-from tests.processes.waiting import LIMIT_S
+from tests.processes.waiting import LIMIT_S, until
 from tools.backends.kafka import Kafka
 
 pytestmark = pytest.mark.servers
@@ -67,13 +67,6 @@ def kafka(own_kafka: Kafka) -> Iterator[Kafka]:
     yield own_kafka
     if not own_kafka.running:
         own_kafka.start()
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 class Stream:
@@ -278,7 +271,35 @@ class Unseeing(KafkaConsumer):
         return None
 
 
+class Hanging(KafkaConsumer):
+    """Its first client never gets a share of its group."""
+
+    _clients = 0
+
+    def _connect(self, limit_s: float) -> Any:
+        client = super()._connect(limit_s)
+        if self._clients == 0:
+            client.poll = lambda **_: {}
+        self._stuck_s = LIMIT_S if self._clients else 0.5  # the second client may take its time
+        self._clients += 1
+        return client
+
+
 def test_a_hanging_group_membership_is_restarted(kafka: Kafka) -> None:
+    connection, prefix = Connection(kafka.servers, {}), f"stuck.{uuid.uuid4().hex[:8]}."
+    with closing(KafkaBus(connection, prefix=prefix)) as bus:
+        bus.create_topics({TOPIC: PARTITIONS})
+        bus.publish(TOPIC, things("a"))
+        member = Hanging(connection, prefix, TOPIC, GROUP, "m", partitions=lambda: PARTITIONS, lease_s=LEASE_S)
+        with member:
+            poll_until(lambda: everything(member), member)
+            assert member._clients == 2
+            assert bodies(take(member, 1)) == ["a"]
+
+
+@pytest.mark.long
+def test_a_group_membership_of_kafka_python_that_hangs_is_restarted(kafka: Kafka) -> None:
+    """It hangs in one of three attempts."""
     connection = Connection(kafka.servers, {})
     for _ in range(ATTEMPTS):
         prefix = f"stuck.{uuid.uuid4().hex[:8]}."

@@ -10,6 +10,7 @@ import pytest
 from palimpsest.common.base_model import base_digest
 from palimpsest.common.snapshots.manifest import unseal
 from tests.processes.waiting import LIMIT_S
+from tests.runs.endless import ENDLESS, end_after_two_versions, kill_a_learner
 from tests.runs.run_process import (
     ROOT,
     RunProcess,
@@ -39,17 +40,18 @@ def rescored(home: Path) -> dict[str, float]:
 
 def test_a_run_with_an_adapter_survives_its_learner(tmp_path: Path, starting_model: Path) -> None:
     base = base_digest(str(starting_model))
-    toml, home = scripted(tmp_path, starting_model, versions=5), tmp_path / "scripted"
-    run = RunProcess(toml, *LORA)
+    toml, home = scripted(tmp_path, starting_model, versions=1), tmp_path / "scripted"
+    run = RunProcess(toml, ENDLESS, *LORA)
     try:
         wait_for(lambda: len(history(home)) >= 2, run, name="version 2")
-        run.services()["learner"][0].kill()
+        kill_a_learner(run)
+        versions = end_after_two_versions(run, home)
         code, output = run.finish()
     finally:
         run.kill_everything()
     assert code == 0, output[-3000:]
-    check_whole_groups(check_ledger(home), groups=5 * 4, samples=4)
-    assert [line["exact"] for line in history(home)] == [True] * 5
+    check_whole_groups(check_ledger(home), groups=versions * 4, samples=4)
+    assert [line["exact"] for line in history(home)] == [True] * versions
     assert base_digest(str(starting_model)) == base, "the base is never written"
 
     manifests = [unseal(file.read_bytes()) for file in sorted((home / "snapshots" / "versions").glob("*.json"))]

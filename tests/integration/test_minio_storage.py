@@ -14,6 +14,7 @@ from blake3 import blake3
 
 from palimpsest.common.snapshots.client import ClaimMissing, SnapshotClient, VersionMissing
 from palimpsest.common.snapshots.manifest import Damaged
+from palimpsest.common.snapshots.retrying_http import Upload
 from palimpsest.common.versions import Version
 from tests.learner_parts.rank_threads import ShardedStore
 from tests.servers.backends import s3_client
@@ -95,7 +96,7 @@ def test_a_version_in_parts_is_stored_and_read(serve: Callable[..., Store], pres
 
 
 def test_an_upload_succeeds_although_minio_is_killed_and_restarted(
-    serve: Callable[..., Store], own_minio: Minio
+    serve: Callable[..., Store], own_minio: Minio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, tensors, seen = serve(minio=own_minio), some(1, parts=5, size=16 * MEBIBYTE), []
     killed, again = threading.Event(), threading.Event()
@@ -112,6 +113,15 @@ def test_an_upload_succeeds_although_minio_is_killed_and_restarted(
         seen.append((store.objects(), store.objects("versions/")))
         again.set()
 
+    def chunks(self: Upload) -> Iterator[bytes]:
+        """Send nothing after the first half until MinIO is killed."""
+        for number, chunk in enumerate(every_chunk(self)):
+            if number == 40:
+                assert killed.wait(LIMIT_S)
+            yield chunk
+
+    every_chunk = Upload.chunks
+    monkeypatch.setattr(Upload, "chunks", chunks)
     with SnapshotClient(store.url) as client:
         outage = threading.Thread(target=fail_once)
         outage.start()
@@ -140,7 +150,7 @@ def test_all_other_calls_succeed_after_an_outage_of_minio(serve: Callable[..., S
             lambda: client.lease("learner", Version(0)),
         ]
         own_minio.kill()
-        refused = httpx.get(f"{store.url}/v1/objects/{'0' * 64}")
+        refused = httpx.get(f"{store.url}/v1/objects/{'0' * 64}", timeout=LIMIT_S)
         assert (refused.status_code, refused.json()["code"], refused.json()["retryable"]) == (
             503, "storage_unavailable", True,
         )  # fmt: skip

@@ -1,17 +1,21 @@
 """summary.json and report.html from a run's folder, and from a complete short run."""
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
+import psutil
 import pytest
 
+from palimpsest.common import failpoints
 from palimpsest.common.bus.port import Outgoing
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.messages import TASKS, TRAJECTORIES, WORKERS, VersionApplied, WorkerAlive, encode
@@ -157,9 +161,12 @@ def test_a_run_stopped_before_its_first_version_has_a_report_and_a_summary(tmp_p
     assert json.loads((tmp_path / "summary.json").read_text())["success_last"] is None
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
+def start(*arguments: str | Path, fault: str = "") -> subprocess.Popen[str]:
     command = [sys.executable, "-u", "-m", "palimpsest", "run", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, failpoints.VARIABLE: fault}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def read_until(lines: IO[str], beginning: str) -> None:
@@ -172,18 +179,34 @@ def read_until(lines: IO[str], beginning: str) -> None:
     raise AssertionError(f"no line begins with {beginning!r}: {''.join(read)}")
 
 
+def stopped(pid: int) -> list[psutil.Process]:
+    """Children of this process that are paused."""
+    found = []
+    for child in psutil.Process(pid).children():
+        with suppress(psutil.NoSuchProcess):
+            if child.status() == psutil.STATUS_STOPPED:
+                found.append(child)
+    return found
+
+
 @pytest.mark.servers
 def test_a_second_ctrl_c_ends_the_run_and_prints_the_command_that_continues_it(tmp_path: Path, starting_model: Path):
     file, home = tmp_path / "short.toml", tmp_path / "short"
     file.write_text(SCRIPTED.format(folder=tmp_path, model=starting_model, versions=100_000))
-    run = start(file)
+    run = start(
+        file, fault="rollout.start:1:STOP"
+    )  # a stopped worker does not end by a signal, so the clean stop waits
     assert run.stdout is not None
-    read_until(run.stdout, "Ctrl-C stops cleanly")
-    until((home / "logs" / "learner.log").exists, "the log of the learner")
-    run.send_signal(signal.SIGINT)
-    read_until(run.stdout, "stopping ...")
-    run.send_signal(signal.SIGINT)
-    output, _ = run.communicate(timeout=LIMIT_S)
+    until(lambda: stopped(run.pid) != [], "the pause of the worker")
+    (worker,) = stopped(run.pid)
+    try:
+        run.send_signal(signal.SIGINT)
+        read_until(run.stdout, "stopping ...")
+        run.send_signal(signal.SIGINT)
+        output, _ = run.communicate(timeout=LIMIT_S)
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            worker.kill()
     assert run.returncode == 130, output
     assert "Ended without a clean stop. Continue with:\n" in output
     assert f"palimpsest run --resume {home}" in output

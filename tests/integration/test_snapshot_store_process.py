@@ -177,7 +177,10 @@ def test_versions_and_leases_survive_a_kill_and_unfinished_uploads_do_not(
     assert store.objects() <= before
     assert plain(fetched(client, version)) == plain(some_tensors(seed=version))
     client.lease("learner", Version(version + 2))
-    assert httpx.get(f"{store.url}/v1/status").json()["leases"] == {"replica": version, "learner": version + 2}
+    assert httpx.get(f"{store.url}/v1/status", timeout=LIMIT_S).json()["leases"] == {
+        "replica": version,
+        "learner": version + 2,
+    }
     client.lease("replica", Version(version + 1))
     eventually(lambda: client.versions() == [version + 1, version + 2])
 

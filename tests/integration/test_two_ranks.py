@@ -10,6 +10,7 @@ import torch
 
 from tests.processes.train_on_ranks import CASES, FAILING
 from tests.processes.waiting import LIMIT_S
+from tests.runs.endless import ENDLESS, end_after_two_versions, kill_a_learner
 from tests.runs.run_process import (
     ROOT,
     RunProcess,
@@ -102,22 +103,21 @@ def test_distributed_scores_equal_those_of_one_rank_bit_for_bit(alone: Any, toge
 
 
 def test_a_run_with_two_ranks_continues_after_the_death_of_a_rank(tmp_path: Path, starting_model: Path) -> None:
-    toml, home = scripted(tmp_path, starting_model, versions=6), tmp_path / "scripted"
-    run = RunProcess(toml, "--local.learner_ranks=2", "--learner.minibatches=2")
+    toml, home = scripted(tmp_path, starting_model, versions=1), tmp_path / "scripted"
+    run = RunProcess(toml, ENDLESS, "--local.learner_ranks=2", "--learner.minibatches=2")
     try:
         wait_for(lambda: len(history(home)) >= 2, run, name="version 2")
-        learners = run.services()["learner"]
-        assert len(learners) == 2
-        learners[-1].kill()
+        kill_a_learner(run, ranks=2)
+        versions = end_after_two_versions(run, home)
         code, output = run.finish()
     finally:
         run.kill_everything()
     assert code == 0, output[-3000:]
     ledger = check_ledger(home)
-    check_whole_groups(ledger, groups=6 * 4, samples=4)
+    check_whole_groups(ledger, groups=versions * 4, samples=4)
     assert ledger["dead_lettered"] == 0
-    assert newest_manifest(home)["optimizer_steps"] == 12
+    assert newest_manifest(home)["optimizer_steps"] == 2 * versions
     lines = history(home)
-    assert len(lines) == 6
+    assert len(lines) == versions
     assert sum(len(line["successes"]) for line in lines) == ledger["trained"]
     assert all(line["exact"] and line["skipped"] == 0 for line in lines)

@@ -11,6 +11,7 @@ import torch
 from palimpsest.services.learner.corrections import Correction, Gather, Limits, Rules, correct, limits
 from palimpsest.services.learner.corrections.rules import ESTIMATES
 from tests.oracles.corrections import Draw
+from tests.processes.waiting import LIMIT_S
 
 ALL: dict[str, Any] = {
     "band": 1.5,
@@ -58,7 +59,7 @@ def row(log_discrepancies: list[float], **rules: Any) -> Correction:
 def on_ranks(ranks: int, work: Callable[[int, Gather], Limits]) -> list[Limits]:
     """Result of work(rank, gather) on each rank, with one thread per rank."""
     boxes: list[Any] = [None] * ranks
-    meeting = threading.Barrier(ranks, timeout=60)
+    meeting = threading.Barrier(ranks, timeout=LIMIT_S)
 
     def gather_as(rank: int) -> Gather:
         def gather(value: Any) -> list[Any]:

@@ -15,6 +15,8 @@ def open_browser() -> Iterator[Browser]:
     found = chromium()
     expect.set_options(timeout=1000 * LIMIT_S)
     with sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=found.program, env=dict(found.environment))
+        opened = driver.chromium.launch(
+            executable_path=found.program, env=dict(found.environment), timeout=1000 * LIMIT_S
+        )
         yield opened
         opened.close()

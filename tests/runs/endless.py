@@ -4,6 +4,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from palimpsest.common.user_error import ExitCode
 from palimpsest.control_client import ControlClient, url_in, wait_for as wait_for_change
 from tests.processes.waiting import LIMIT_S
 from tests.runs.run_process import RunProcess, history, wait_for
@@ -22,11 +25,37 @@ def end_after_two_versions(run: RunProcess, home: Path) -> int:
     """Let an endless run train a version, and then two more. Return their number in all."""
     before = len(history(home))
     wait_for(lambda: len(history(home)) > before, run, name="a further version")
-    with closing(ControlClient(url_in(home, "learner"))) as learner:
+    return end_soon(url_in(home, "learner"))
+
+
+def end_soon(url: str) -> int:
+    """Let the endless run of the learner at this address train two more versions. Return their number in all."""
+    with closing(ControlClient(url)) as learner:
         last = int(send(learner, "POST", "/v1/actions/pause", {})["version"]) + 2
         send(learner, "PATCH", "/v1/settings", {"learner.versions": last})
         send(learner, "POST", "/v1/actions/resume", {})
     return last
+
+
+def stop_after_two_versions(run: RunProcess, home: Path) -> int:
+    """Let an endless run train two more versions, and stop it. Return their number in all.
+
+    It can be continued with another end: a change of `learner.versions` would stay in force.
+    """
+    before = len(history(home))
+    wait_for(lambda: len(history(home)) >= before + 2, run, name="two further versions")
+    run.process.terminate()
+    code, output = run.finish()
+    assert code == ExitCode.INTERRUPTED, output[-3000:]
+    return len(history(home))
+
+
+def kill_a_learner(run: RunProcess, *, ranks: int = 1) -> None:
+    """SIGKILL the last rank of an endless run's learner. Return when all its ranks have ended."""
+    learners = run.services()["learner"]
+    assert len(learners) == ranks
+    learners[-1].kill()
+    assert psutil.wait_procs(learners, timeout=LIMIT_S)[1] == []  # rank 0 may otherwise write a version meanwhile
 
 
 def several_versions(home: Path) -> bool:

@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from tests.processes.waiting import LIMIT_S
-from tests.unit.env_gateway.running import free_port
 from tools.backends.checkouts import Checkout, NoCheckout
 from tools.backends.packages import NoPython, interpreter
+from tools.backends.ports import free
 
 PROGRAMS = Path(__file__).parents[1] / "contract" / "adapters"
 
@@ -51,7 +51,7 @@ class ProgramServer:
         self._log = folder / "server.log"
 
     def __enter__(self) -> Self:
-        port = free_port()
+        port = free()
         self.url = f"http://127.0.0.1:{port}"
         command = [self.python(), str(PROGRAMS / self.program), str(port)]
         environment = {**os.environ, "OPENREWARD_DISABLE_UPDATE_CHECK": "1"}
@@ -86,7 +86,7 @@ class ProgramServer:
 
     def count(self) -> int:
         """Return the number of sessions that the server holds."""
-        return int(httpx.get(f"{self.url}/sums/sessions_count").json())
+        return int(httpx.get(f"{self.url}/sums/sessions_count", timeout=LIMIT_S).json())
 
 
 class McpHttpServer(ProgramServer):

@@ -123,7 +123,7 @@ class StoreProcess:
 
 def metric_of(url: str, name: str) -> float:
     """Current value of palimpsest_store_`name` at a store."""
-    for line in httpx.get(f"{url}/metrics").text.splitlines():
+    for line in httpx.get(f"{url}/metrics", timeout=LIMIT_S).text.splitlines():
         if line.startswith(f"palimpsest_store_{name} "):
             return float(line.split()[1])
     raise AssertionError(name)

@@ -13,6 +13,7 @@ from palimpsest.common.config.env_gateway import EnvGatewayConfig
 from palimpsest.common.sessions.sessions import limits_of
 from palimpsest.common.user_error import UserError
 from palimpsest.env_serve import limits, parse, serve
+from tests.processes.waiting import LIMIT_S
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,8 +65,8 @@ def test_the_command_serves_until_a_signal() -> None:
         try:
             assert process.stdout is not None
             address = process.stdout.readline().strip().removeprefix("serving add as ors at ")
-            assert httpx.get(f"{address}/list_environments").json() == ["add"]
+            assert httpx.get(f"{address}/list_environments", timeout=LIMIT_S).json() == ["add"]
             process.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 0
+            assert process.wait(LIMIT_S) == 0
         finally:
             process.kill()

@@ -21,6 +21,7 @@ from palimpsest.common.files import atomic_write
 from palimpsest.common.program import service
 from palimpsest.common.service import Stop
 from palimpsest.common.user_error import ExitCode, UserError
+from tests.processes.waiting import LIMIT_S
 
 RUN = """
 run.id = "first"
@@ -217,7 +218,7 @@ def test_a_service_stops_on_sigterm_and_exits_130(end: End) -> None:
 
     def body(_invocation: Invocation, stop: Stop) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        stopped.append(stop.wait(10))
+        stopped.append(stop.wait(LIMIT_S))
 
     assert end(body) == Ended(130, "", "")
     assert stopped == [True]

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter
 from palimpsest.common.control.errors import HttpError
 from palimpsest.common.service import Server, Starting, Status, Stop, application, listen
 from palimpsest.common.user_error import ExitCode, UserError
+from tests.processes.waiting import LIMIT_S
 
 HOST = "127.0.0.1"
 
@@ -180,11 +181,11 @@ def test_a_released_port_can_be_used_again() -> None:
 
 def test_a_stop_wakes_its_waiters() -> None:
     stop, woken = Stop(), threading.Event()
-    waiter = threading.Thread(target=lambda: stop.wait(30) and woken.set())
+    waiter = threading.Thread(target=lambda: stop.wait(LIMIT_S) and woken.set())
     waiter.start()
     assert (stop.requested, stop.wait(0)) == (False, False)
     stop.request()
-    waiter.join(10)
+    waiter.join(LIMIT_S)
     assert woken.is_set()
     assert (stop.requested, stop.wait(0)) == (True, True)
 
@@ -222,7 +223,7 @@ def test_a_signal_requests_a_clean_stop(number: signal.Signals) -> None:
     stop, calls = Stop().install(), list[str]()
     stop.on_request(lambda: calls.append("stopped"))
     os.kill(os.getpid(), number)
-    assert stop.wait(10)
+    assert stop.wait(LIMIT_S)
     assert calls == ["stopped"]
 
 
@@ -241,7 +242,7 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
         "stop = Stop().install()\n"
         "stop.last_words = 'continue with this\\n'\n"
         "print('listening', flush=True)\n"
-        "stop.wait(60)\n"
+        f"stop.wait({LIMIT_S})\n"
         "print('stopping', flush=True)\n"
         "input()"
     )
@@ -253,5 +254,5 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
         process.send_signal(signal.SIGTERM)
         assert process.stdout.readline() == "stopping\n"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+        assert process.wait(timeout=LIMIT_S) == 128 + signal.SIGTERM
         assert process.stdout.read() == "continue with this\n"

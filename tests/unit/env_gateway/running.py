@@ -18,9 +18,12 @@ from pathlib import Path
 import httpx
 import psutil
 
+from tests.processes.waiting import LIMIT_S
+from tools.backends.ports import free
+
 ROOT = Path(__file__).parents[3]
 AWKWARD = ROOT / "tests" / "unit" / "env_gateway" / "plugins"
-START_LIMIT_S = 60.0
+START_LIMIT_S = LIMIT_S
 RUN = """
 run.id = "t"
 model.path = "none"
@@ -42,7 +45,9 @@ class Gateway:
 
     def metric(self, line: str) -> float:
         """Return the value of the sample that begins like this; 0 if there is none."""
-        found = re.search(rf"^{re.escape(line)} (\S+)$", httpx.get(f"{self.url}/metrics").text, re.MULTILINE)
+        found = re.search(
+            rf"^{re.escape(line)} (\S+)$", httpx.get(f"{self.url}/metrics", timeout=LIMIT_S).text, re.MULTILINE
+        )
         return float(found[1]) if found else 0.0
 
     def descendants(self) -> list[psutil.Process]:
@@ -50,13 +55,6 @@ class Gateway:
 
 
 Launch = Callable[..., subprocess.Popen[str]]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @contextmanager
@@ -87,7 +85,7 @@ def launching(folder: Path) -> Iterator[Launch]:
 
 def answering(launch: Launch, *flags: str, **environment: str) -> Gateway:
     """Start a gateway and wait until it answers."""
-    port = free_port()
+    port = free()
     process = launch(f"--env_gateway.port={port}", *flags, **environment)
     deadline = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline:

@@ -19,10 +19,12 @@ from palimpsest.common.environments.tool_calls import render
 from palimpsest.common.user_error import UserError
 from palimpsest.services.env_gateway.code_tools import code_tools
 from palimpsest.services.env_gateway.processes.child_host import InChild
-from palimpsest.services.env_gateway.processes.confinement import USERS, ChildLimits, available
+from palimpsest.services.env_gateway.processes.confinement import ChildLimits, available
 from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
+from tests.processes.waiting import LIMIT_S, until
 from tests.unit.env_gateway.running import answering, launching, refusal
+from tests.unit.env_gateway.test_confinement import processes_of
 from tools.backends import downloads
 
 pytestmark = pytest.mark.servers
@@ -94,7 +96,7 @@ async def run_all(tools: Tools | None, programs: dict[str, tuple[str, str]]) -> 
     pool = Pool(
         limit=len(programs) + 1,
         wait_s=0.2,
-        call_limit_s=200.0,
+        call_limit_s=LIMIT_S,
         modules=("hostile",),
         limits=LIMITS,
         code_tools=tools,
@@ -151,7 +153,7 @@ async def test_hostile_programs_get_a_result_and_change_neither_the_reward_nor_o
     assert reasons.keys() == texts.keys()
     assert not {name: text for name, text in texts.items() if not text.startswith("1 ") or reasons[name] not in text}
     if USER is not None:
-        assert not [entry for entry in Path("/proc").glob("[0-9]*") if USER <= entry.stat().st_uid < USER + USERS]
+        until(lambda: not processes_of(USER))
 
 
 async def test_without_a_sandbox_the_same_program_changes_the_reward(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +194,7 @@ def test_a_gateway_offers_the_tool_with_the_key_alone(tmp_path: Path, tools: Too
         code, message = refusal(launch("--env_gateway.port=1", plugin))
         assert (code, f"programs:Product cannot be used: {OFF}" in message) == (2, True)
         gateway = answering(launch, plugin, *keys, PATH=f"{Path(tools.bwrap).parent}:{os.environ['PATH']}")
-        with httpx.Client(base_url=gateway.url, timeout=60.0) as client:
+        with httpx.Client(base_url=gateway.url, timeout=LIMIT_S) as client:
             begun = client.post("/v1/sessions", json={"environment": "product", "seed": 0}).json()
             session, texts = f"/v1/sessions/{begun['session_id']}", (call, "42")
             first, last = (

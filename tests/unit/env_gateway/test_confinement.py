@@ -4,9 +4,11 @@ import asyncio
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 import pytest
 
 from palimpsest.common.config.env_gateway import EnvGatewayConfig
@@ -17,6 +19,7 @@ from palimpsest.services.env_gateway.processes.child_host import InChild
 from palimpsest.services.env_gateway.processes.confinement import USERS, Available, ChildLimits, available
 from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
+from tests.processes.waiting import LIMIT_S, until
 
 pytestmark = pytest.mark.servers
 FOLDER = Path(__file__).parent / "plugins"
@@ -28,6 +31,8 @@ LIMITS = ChildLimits(
 
 
 MANY = 10**6
+HANGS_S = 2.0
+"""Limit of a call that never returns."""
 
 
 async def attacks(limits: ChildLimits | None, texts: dict[str, str], *, network: bool = False) -> dict[str, str]:
@@ -35,12 +40,14 @@ async def attacks(limits: ChildLimits | None, texts: dict[str, str], *, network:
 
     Returns name -> answer, or the code of the failure.
     """
-    pool = Pool(limit=len(texts) + 1, wait_s=0.2, call_limit_s=20.0, modules=("hostile",), limits=limits)
+    pool = Pool(limit=len(texts) + 1, wait_s=0.2, call_limit_s=LIMIT_S, modules=("hostile",), limits=limits)
 
     async def attack(name: str, text: str) -> str:
         host = await InChild.open(pool, EnvironmentSpec(path=f"hostile:{name}", network=network))
         try:
             await host.reset(0)
+            if name == "Hangs":
+                host._call_limit_s = HANGS_S
             reply = await host.step(Turn(text))
         except EnvironmentFailed as failed:
             return failed.code
@@ -100,7 +107,17 @@ async def test_hostile_environments_meet_their_limits_and_leave_the_others_alone
     assert int(answers.pop("ForkBomb", "0")) < (LIMITS.processes or MANY)
     assert answers == expected
     if USER is not None:
-        assert not [entry for entry in Path("/proc").glob("[0-9]*") if USER <= entry.stat().st_uid < USER + USERS]
+        until(lambda: not processes_of(USER))
+
+
+def processes_of(user: int) -> list[int]:
+    """Ids of the processes whose user is one of those that sessions get from this one on."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess):
+            if user <= process.uids().real < user + USERS:
+                found.append(process.pid)
+    return found
 
 
 @pytest.mark.parametrize("limits", [None, LIMITS], ids=["no limits", "permitted"])

@@ -10,6 +10,7 @@ import pytest
 
 from palimpsest.services.env_gateway.adapters import limited_endpoint
 from palimpsest.services.env_gateway.adapters.limited_endpoint import EndpointFailed, EndpointLimits, LimitedEndpoint
+from tests.processes.waiting import LIMIT_S
 from tests.servers.chat_endpoint import Answer, ChatEndpoint, spoken
 
 REQUEST = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
@@ -123,7 +124,7 @@ def test_a_lookup_of_the_host_that_hangs_ends_with_the_limit(monkeypatch: pytest
     released, ended = threading.Event(), threading.Event()
 
     def hanging(*_: object, **__: object) -> None:
-        released.wait(60.0)
+        released.wait(LIMIT_S)
         ended.set()
         raise socket.gaierror("no such host")
 

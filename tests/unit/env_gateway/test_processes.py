@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -11,25 +12,27 @@ import pytest
 from palimpsest.common.environments.port import EnvironmentFailed, Reply, Score, Turn
 from palimpsest.common.environments.tool_calls import read
 from palimpsest.common.sessions.hosts import AtCapacity
+from palimpsest.common.sessions.registry import Entry
 from palimpsest.common.sessions.sessions import SessionLimits, Sessions
 from palimpsest.common.sessions.wire import CreateSession, Session, Status, Step, TakeStep, TextAction
 from palimpsest.common.user_error import UserError
 from palimpsest.services.env_gateway import plugins
-from palimpsest.services.env_gateway.isolated import isolated
-from palimpsest.services.env_gateway.processes import fork_server
+from palimpsest.services.env_gateway.processes import child_host, fork_server
 from palimpsest.services.env_gateway.processes.child_host import InChild
 from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
+from tests.processes.waiting import LIMIT_S
 
 pytestmark = pytest.mark.servers
 FOLDER = Path(__file__).parent / "plugins"
-LIMIT_S, HANGS_S = 60.0, 2.0
-"""Limit of a call, and of one that never returns."""
+HANGS_S = 2.0
+"""Limit of a call that never returns."""
 
 
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pool]:
     monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(child_host, "EXIT_LIMIT_S", LIMIT_S)
     pool = Pool(limit=3, wait_s=0.2, call_limit_s=LIMIT_S, modules=("awkward",))
     yield pool
     pool.stop()
@@ -58,7 +61,12 @@ class Opened:
 
 def fork_servers() -> list[psutil.Process]:
     """Fork servers of this process; other tests leave other children, such as multiprocessing's resource tracker."""
-    return [child for child in psutil.Process().children() if fork_server.__name__ in child.cmdline()]
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it ends now, or has ended
+            if fork_server.__name__ in child.cmdline():
+                found.append(child)
+    return found
 
 
 def children() -> list[psutil.Process]:
@@ -68,7 +76,7 @@ def children() -> list[psutil.Process]:
 
 def assert_gone(processes: list[psutil.Process]) -> None:
     """Wait until these processes have ended."""
-    assert psutil.wait_procs(processes, timeout=10)[1] == []
+    assert psutil.wait_procs(processes, timeout=LIMIT_S)[1] == []
 
 
 async def test_a_child_plays_a_session(opened: Opened) -> None:
@@ -121,6 +129,7 @@ async def test_the_number_of_children_is_bounded_and_a_closed_one_frees_a_slot(o
     first, *_ = [await opened("Counts") for _ in range(3)]
     with pytest.raises(AtCapacity, match="3 sessions already have their own process"):
         await opened("Counts")
+    opened.pool._wait_s = LIMIT_S  # a place is free when the pool has read the end of its child
     first.close()
     await opened("Counts")
 
@@ -159,7 +168,7 @@ async def test_a_killed_fork_server_fails_its_sessions_and_is_replaced(opened: O
     (running,) = fork_servers()
     (child,) = running.children()
     running.kill()
-    child.wait(10)
+    child.wait(LIMIT_S)
     with pytest.raises(EnvironmentFailed) as failed:
         await world.step(Turn("go on"))
     assert failed.value.code == "environment_crashed"
@@ -177,7 +186,7 @@ async def test_global_random_numbers_depend_only_on_the_seed_in_every_gateway(po
             world.close()
         return [reply.messages[0].content.split() for reply in replies if isinstance(reply, Reply)]
 
-    other = Pool(limit=3, wait_s=10.0, call_limit_s=LIMIT_S)
+    other = Pool(limit=3, wait_s=LIMIT_S, call_limit_s=LIMIT_S)
     one, two = await drawn(pool, 1, 2)
     assert await drawn(other, 2) == [two]
     assert await drawn(other, 1) == [one]
@@ -187,10 +196,17 @@ async def test_global_random_numbers_depend_only_on_the_seed_in_every_gateway(po
 
 
 async def test_sessions_over_children_end_as_errors_without_a_reward(pool: Pool) -> None:
-    entry = isolated(pool, "hangs", EnvironmentSpec(path="awkward:Hangs"), version="1", description="")
+    worlds: list[InChild] = []
+
+    async def open_world() -> InChild:
+        worlds.append(await InChild.open(pool, EnvironmentSpec(path="awkward:Hangs")))
+        return worlds[-1]
+
+    entry = Entry("hangs", "1", "", True, open_world)
     sessions = Sessions({"hangs": entry}, SessionLimits(max_sessions=9, lease_s=60, remember_s=60, result_bytes=1000))
     opened = await sessions.create(CreateSession(environment="hangs", seed=0), None)
     session = Session.model_validate_json(opened).session_id
+    worlds[0]._call_limit_s = HANGS_S
     child = next(p for p in children() if p.ppid() != os.getpid())
     ended = Step.model_validate_json(
         await sessions.step(session, TakeStep(step=0, action=TextAction(type="text", text="")))
@@ -265,7 +281,7 @@ async def test_the_splits_of_a_plugin_are_environments(tmp_path: Path, monkeypat
     )
     (tmp_path / "split_rows.py").write_text(f"{code} reward=lambda row, answer: answer == row['prompt'])\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    pool = Pool(limit=2, wait_s=60.0, call_limit_s=60.0)
+    pool = Pool(limit=2, wait_s=LIMIT_S, call_limit_s=LIMIT_S)
     try:
         found = plugins.entries(pool, plugins.blueprints({"rows": "split_rows:Rows"}, taken=()))
         assert set(found) == {"rows", "rows.test"}

@@ -1,8 +1,7 @@
 """Polling services that answer, hang, or do not exist; following a history and the worker topic."""
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,9 +15,8 @@ from palimpsest.common.rejected_record import RejectCause
 from palimpsest.common.versions import Version
 from palimpsest.services.live import poller
 from palimpsest.services.live.poller import RunPoller, ServiceObservation
+from tests.processes.waiting import LIMIT_S, until
 from tests.records.history_lines import a_line
-
-WITHIN_S = 60.0
 
 
 class Answering(ThreadingHTTPServer):
@@ -74,13 +72,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(poller, "TIMEOUT_S", 0.2)
 
 
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WITHIN_S
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_a_service_that_hangs_keeps_its_last_answer(service: Answering, bus: SqliteBus, tmp_path: Path):
     urls = {"learner": service.url, "worker-0": service.url}
     with RunPoller(urls, tmp_path, bus, run="test", token="secret") as watching:
@@ -96,13 +87,13 @@ def test_a_service_that_hangs_keeps_its_last_answer(service: Answering, bus: Sql
 def test_an_observer_does_not_wait_for_a_service(
     service: Answering, bus: SqliteBus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(poller, "TIMEOUT_S", 60 * WITHIN_S)
+    monkeypatch.setattr(poller, "TIMEOUT_S", 60 * LIMIT_S)
     service.hangs.set()
     with RunPoller({"learner": service.url}, tmp_path, bus, run="test") as watching:
-        assert service.asked.wait(WITHIN_S)
+        assert service.asked.wait(LIMIT_S)
         observing = threading.Thread(target=watching.observe, daemon=True)
         observing.start()
-        observing.join(WITHIN_S)
+        observing.join(LIMIT_S)
         service.released.set()
         assert not observing.is_alive()
 

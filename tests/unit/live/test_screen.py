@@ -2,8 +2,7 @@
 
 import io
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
@@ -13,9 +12,8 @@ from palimpsest.services.live.history_tail import accumulate
 from palimpsest.services.live.poller import RunObservation
 from palimpsest.services.live.screen import Screen
 from palimpsest.services.live.state import Plan, State, state
+from tests.processes.waiting import LIMIT_S, until
 from tests.records.history_lines import a_line, learner, servers, worker
-
-WITHIN_S = 60.0
 
 
 def a_state() -> State:
@@ -35,19 +33,12 @@ def output_of(*, terminal: bool, stop: bool) -> str:
         return a_state()
 
     with Screen(console, look, stopping=stopping.is_set):
-        assert looks.wait(WITHIN_S)
+        assert looks.wait(LIMIT_S)
         until(lambda: "version 4" in file.getvalue() if not terminal else "of 10" in file.getvalue())
         if stop:
             stopping.set()
             until(lambda: "stopping" in file.getvalue())
     return file.getvalue()
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WITHIN_S
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_without_a_terminal_the_output_is_plain_lines():
@@ -71,7 +62,7 @@ def test_without_a_terminal_a_warning_is_printed_once_until_it_ends(monkeypatch:
 
     over, output, looks = threading.Event(), io.StringIO(), states()
     with Screen(Console(file=output, width=80), lambda: next(looks), stopping=over.is_set):
-        assert over.wait(WITHIN_S)
+        assert over.wait(LIMIT_S)
     assert [row for row in output.getvalue().splitlines() if row.startswith("!")] == [
         "! clip_idle: nothing is clipped, over 8 versions",
         "! clip_idle: nothing is clipped, over 12 versions",

@@ -9,8 +9,7 @@ import pytest
 from palimpsest.common.bus.port import Outgoing, Record
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.services.rollout.async_consumer import AsyncConsumer
-
-LIMIT_S = 60.0
+from tests.processes.waiting import LIMIT_S
 
 
 class SlowConsumer:

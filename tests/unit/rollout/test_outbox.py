@@ -23,10 +23,10 @@ from palimpsest.common.messages import (
 )
 from palimpsest.common.rejected_record import RejectCause
 from palimpsest.services.rollout.outbox import BATCH, Outbox
+from tests.processes.waiting import LIMIT_S
 from tests.records.builders import a_finished
 
 Topic = str
-LIMIT_S = 60.0
 
 
 class FailingBus(SqliteBus):

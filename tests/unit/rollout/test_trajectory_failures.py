@@ -17,9 +17,9 @@ from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, SampledTokens
 from tests.processes.waiting import LIMIT_S
 from tests.unit.env_gateway.fakes import HALF, ScriptedWorld, reply
-from tests.unit.env_gateway.running import free_port
 from tests.unit.rollout.chat_models import FAMILIES
 from tests.unit.rollout.sampling import BROKEN, SAMPLING, MessageEngine, NextMessage, Setting, gateway_of
+from tools.backends.ports import free
 
 
 async def test_a_request_that_fails_in_every_attempt_drops_the_trajectory(setting: Setting) -> None:
@@ -158,7 +158,7 @@ async def test_a_gateway_without_answers_drops_the_trajectory(
 ) -> None:
     monkeypatch.setattr(client, "FIRST_PAUSE_S", 0)
     monkeypatch.setattr(client, "PATIENCE_S", 0)
-    setting = Setting(f"http://127.0.0.1:{free_port()}", dialogue)
+    setting = Setting(f"http://127.0.0.1:{free()}", dialogue)
     ended = await setting.sample(setting.engine_of())
     assert isinstance(ended, TrajectoryDropped)
     assert ended.reason is DropReason.ENVIRONMENT_FAILED

@@ -15,6 +15,7 @@ from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.snapshot_store.app import create_app, open_catalog
 from palimpsest.services.snapshot_store.storage import Storage
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
+from tests.processes.waiting import LIMIT_S
 from tests.unit.snapshot_store.weights import a_manifest, an_object, digest_of
 
 SELDOM = 3600.0
@@ -217,7 +218,7 @@ async def test_versions_that_no_lease_needs_are_swept_while_the_store_runs(tmp_p
             await send(client, version)
             await announce(client, version, version)
         await client.put("/v1/leases/learner", json={"lowest": 1})
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(LIMIT_S):
             while (await client.get("/v1/versions/0")).status_code != 404:
                 await asyncio.sleep(0.005)
         assert (await client.get(f"/v1/objects/{digest_of(0)}")).status_code == 404

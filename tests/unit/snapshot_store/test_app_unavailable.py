@@ -12,6 +12,7 @@ from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.snapshot_store.app import open_catalog
 from palimpsest.services.snapshot_store.storage import Unavailable
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
+from tests.processes.waiting import LIMIT_S
 from tests.unit.snapshot_store.test_app import announce, assert_error, metric, send, store
 from tests.unit.snapshot_store.weights import a_manifest, an_object, digest_of
 
@@ -109,7 +110,7 @@ async def test_sweeps_continue_after_an_outage(tmp_path: Path) -> None:
             await announce(client, version, version)
         await client.put("/v1/leases/learner", json={"lowest": 0})
         storage.out = True
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(LIMIT_S):
             while storage.refused < 3:
                 await asyncio.sleep(0.005)
         storage.out = False
@@ -125,7 +126,7 @@ async def swept_once(client: httpx.AsyncClient) -> None:
     await client.put("/v1/leases/learner", json={"lowest": 100})
     await send(client, 98)
     await announce(client, 100, 98)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(LIMIT_S):
         while (await client.get(path)).status_code != 404:
             await asyncio.sleep(0.005)
 

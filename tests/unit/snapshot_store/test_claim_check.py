@@ -13,6 +13,7 @@ from blake3 import blake3
 from palimpsest.services.snapshot_store.claim_check import ClaimCheckBlobs
 from palimpsest.services.snapshot_store.storage import DigestMismatch
 from palimpsest.services.snapshot_store.storage_disk import DiskStorage
+from tests.processes.waiting import LIMIT_S
 from tests.unit.snapshot_store.test_app import assert_error, metric, store
 from tests.unit.snapshot_store.weights import chunks
 
@@ -34,7 +35,7 @@ def standing(folder: Path) -> set[str]:
 async def test_a_body_is_removed_after_its_time(tmp_path: Path) -> None:
     claims = ClaimCheckBlobs(DiskStorage(tmp_path))
     await claims.put(DIGEST, chunks(BODY))
-    age(tmp_path, DIGEST, KEEP_S - 5)
+    age(tmp_path, DIGEST, KEEP_S / 2)
     assert await claims.sweep(KEEP_S) == 0
     assert standing(tmp_path) == {DIGEST}
     age(tmp_path, DIGEST, KEEP_S + 5)
@@ -159,6 +160,6 @@ async def test_old_claims_are_swept_while_the_store_runs(tmp_path: Path) -> None
 
 
 async def gone(client: httpx.AsyncClient) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(LIMIT_S):
         while (await client.get(f"/v1/claims/{DIGEST}")).status_code != 404:
             await asyncio.sleep(0.005)

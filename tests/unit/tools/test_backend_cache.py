@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from palimpsest.common.user_error import ExitCode, UserError
+from tests.processes.waiting import LIMIT_S
 from tools.backends import cache
 
 
@@ -61,12 +62,12 @@ def test_two_concurrent_calls_make_an_entry_once_and_the_second_reports_its_wait
 
     def make(partial: Path) -> None:
         makes.append(partial)
-        assert waits.wait(10)  # the other thread waits for the lock
+        assert waits.wait(LIMIT_S)  # the other thread waits for the lock
         fill(partial)
 
     with ThreadPoolExecutor(2) as threads:
         made = [threads.submit(cache.made, "thing-1", make, lambda _text: waits.set()) for _ in range(2)]
-        folders = {future.result(20) for future in made}
+        folders = {future.result(LIMIT_S) for future in made}
     assert len(makes) == len(folders) == 1
 
 

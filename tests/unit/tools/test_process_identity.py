@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.processes.waiting import LIMIT_S
 from tools.backends.process_identity import Identity
 
 STUBBORN = """
@@ -81,7 +82,7 @@ def test_an_identity_is_written_and_read(tmp_path: Path, sleeper: "subprocess.Po
 def test_a_stopped_process_is_ended(sleeper: "subprocess.Popen[bytes]") -> None:
     sleeper.send_signal(signal.SIGSTOP)
     identity_of(sleeper).end()
-    assert sleeper.wait(10) == -signal.SIGTERM
+    assert sleeper.wait(LIMIT_S) == -signal.SIGTERM
 
 
 def test_a_process_that_ignores_sigterm_is_killed() -> None:
@@ -89,7 +90,7 @@ def test_a_process_that_ignores_sigterm_is_killed() -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         identity_of(process).end(timeout_s=0.2)
-        assert process.wait(10) == -signal.SIGKILL
+        assert process.wait(LIMIT_S) == -signal.SIGKILL
 
 
 def test_a_name_with_brackets_and_spaces_does_not_shift_the_fields(tmp_path: Path) -> None:
@@ -100,4 +101,4 @@ def test_a_name_with_brackets_and_spaces_does_not_shift_the_fields(tmp_path: Pat
         first.kill()
         second.kill()
     assert (one.pid, other.pid) == (first.pid, second.pid)
-    assert 0 <= other.started - one.started < 500  # ticks of 10 ms between two starts in sequence
+    assert 0 <= other.started - one.started < 100 * LIMIT_S  # ticks of 10 ms between two starts in sequence

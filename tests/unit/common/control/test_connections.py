@@ -3,7 +3,7 @@
 import json
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import psutil
 import pytest
@@ -60,9 +60,12 @@ def test_a_half_open_connection_is_closed_after_the_limit(impatient: Server, sen
 
 
 def test_half_a_request_after_a_whole_one_is_closed_after_the_limit(impatient: Server) -> None:
-    with connect(impatient) as connection:
-        connection.sendall(REQUEST + REQUEST[:9])
-        assert received(connection).count(b"HTTP/1.1 200") == 1
+    def ends_after_one_reply() -> bool:
+        with connect(impatient) as connection:
+            connection.sendall(REQUEST + REQUEST[:9])
+            return received(connection).count(b"HTTP/1.1 200") == 1
+
+    until(ends_after_one_reply)  # a busy machine may send it only after the limit
 
 
 def test_whole_requests_share_a_connection() -> None:
@@ -92,6 +95,12 @@ def test_the_file_descriptors_of_half_open_connections_come_back() -> None:
             connection.sendall(REQUEST[:-2])
         assert all(received(connection) == b"" for connection in held)
         until(lambda: descriptors(server) == 0)
-        with connect(server) as connection:
-            connection.sendall(REQUEST)
-            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        until(lambda: answered(server))  # a busy machine may send it only after the limit
+
+
+def answered(server: Server) -> bool:
+    """Whether the server answers a whole request."""
+    with connect(server) as connection, suppress(ConnectionError):
+        connection.sendall(REQUEST)
+        return connection.recv(65536).startswith(b"HTTP/1.1 200")
+    return False

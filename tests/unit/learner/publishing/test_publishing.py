@@ -13,6 +13,7 @@ from palimpsest.common.versions import Version
 from palimpsest.services.learner.publishing.background import Background
 from palimpsest.services.learner.publishing.publishing import Checkpoint, Publishing
 from palimpsest.services.learner.timing import PhaseTimer
+from tests.processes.waiting import LIMIT_S
 
 
 class Scribe:
@@ -49,7 +50,7 @@ class Scribe:
     def _note(self, what: str) -> None:
         self.inline = threading.get_ident() == self._here
         if not self.inline:
-            assert self.go.wait(10.0)
+            assert self.go.wait(LIMIT_S)
         self.notes.append(what)
 
 

@@ -39,6 +39,7 @@ from palimpsest.services.learner.old_logprobs.snapshot_source import SnapshotSou
 from palimpsest.services.learner.old_logprobs.versioned_model import VersionedModel
 from palimpsest.services.learner.replica.worker import ReplicaWorker
 from tests.learner_parts.models import CPU, canaries, load, perturb
+from tests.processes.waiting import LIMIT_S
 from tests.records.builders import a_finished, a_row, a_segment
 from tests.servers.stores import eventually
 
@@ -115,7 +116,7 @@ class RunningReplica:
         self.join()
 
     def join(self) -> None:
-        self.thread.join(60)
+        self.thread.join(LIMIT_S)
         assert not self.thread.is_alive()
         if self._error is not None:
             raise self._error

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 from openai import OpenAI
@@ -38,7 +39,7 @@ def main(what: str) -> None:
         case "dies":
             sys.exit("it broke")
         case "hangs":
-            subprocess.Popen(["sleep", "600"])
+            Path(sys.argv[2]).write_text(str(subprocess.Popen(["sleep", "600"]).pid))
             time.sleep(600)
         case "rewrites":
             say(HELLO, first, {"role": "user", "content": "one"})
