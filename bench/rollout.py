@@ -22,7 +22,8 @@ from typing import Any
 from palimpsest.common.bus.port import Bus, Outgoing
 from palimpsest.common.bus.sqlite import SqliteBus
 from palimpsest.common.config import load
-from palimpsest.common.config.schema import RunConfig, VllmEngineConfig
+from palimpsest.common.config.engines import VllmEngineConfig
+from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.messages import (
     CONTROL,
     DEAD_LETTERS,

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from palimpsest.common.config.schema import RunConfig, VllmEngineConfig
+from palimpsest.common.config.engines import VllmEngineConfig
+from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.tokenizer import load_tokenizer
 from palimpsest.common.user_error import UserError
 
@@ -64,6 +65,7 @@ def refuse_limits(config: RunConfig) -> None:
     refuse_attention(path, config.model.attention, values)
     refuse_layout(path, config.learner.layout, config.model.attention, values)
     refuse_adapter(config, values)
+    refuse_expert_parallel(config, values)
     rows, tokenizer = text_values(values).get("vocab_size"), tokenizer_ids(Path(path))
     if isinstance(rows, int) and tokenizer is not None:
         # The worker, which reads the template that replaces the model's, examines that one.
@@ -165,6 +167,17 @@ def refuse_adapter(config: RunConfig, values: Mapping[str, Any]) -> None:
         raise UserError(
             f"learner.lora.rank is {rank}, but rollout.engine.tensor_parallel is {engine.tensor_parallel}: an adapter "
             f"cannot be read back from several GPUs yet. Set rollout.engine.tensor_parallel = 1"
+        )
+
+
+def refuse_expert_parallel(config: RunConfig, values: Mapping[str, Any]) -> None:
+    """Raise UserError if the engine would divide the experts of a model without any. values: of config.json, {} if the
+    folder has none; then vLLM decides."""
+    engine = config.rollout.engine
+    if values and isinstance(engine, VllmEngineConfig) and engine.expert_parallel and mixture_key(values) is None:
+        raise UserError(
+            f"rollout.engine.expert_parallel is true, but the model in {config.model.path} has no experts "
+            f"({', '.join(EXPERT_KEYS)} in config.json): remove the key"
         )
 
 

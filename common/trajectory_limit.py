@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from palimpsest.common.config.schema import RunConfig, VllmEngineConfig
+from palimpsest.common.config.engines import VllmEngineConfig
+from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.config.to_toml import to_toml
 from palimpsest.common.model_limits import engine_tokens, positions
 from palimpsest.common.model_path import refuse_absent, sentence

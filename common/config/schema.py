@@ -11,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from palimpsest.common import run_folder
 from palimpsest.common.config.agents import Agents
 from palimpsest.common.config.bus import BusConfig
+from palimpsest.common.config.engines import ScriptedEngineConfig, VllmEngineConfig
 from palimpsest.common.config.env_gateway import SESSION_LEASE_S, EnvGatewayConfig
 from palimpsest.common.config.evaluation import EvaluationConfig
 from palimpsest.common.config.learner import LearnerConfig
@@ -23,7 +24,6 @@ from palimpsest.common.config.section import (
     PositiveFloat,
     Section,
     Service,
-    Share,
 )
 from palimpsest.common.config.tracking import TrackingConfig
 
@@ -165,36 +165,6 @@ class SnapshotStoreConfig(Service):
                 "http://localhost:9000"
             )
         return self
-
-
-class VllmEngineConfig(Section):
-    """The vLLM engine."""
-
-    kind: Literal["vllm"] = "vllm"
-    max_concurrent_tokens: Positive = 8192
-    """Maximum number of tokens in one engine step."""
-    kv_cache_gib: PositiveFloat = 1.0
-    """Size of the KV cache in GiB (CPU engine)."""
-    gpu_memory_utilization: Share = 0.85
-    """Fraction of the GPU memory that vLLM may use (GPU engine)."""
-    tensor_parallel: Positive = 1
-    """Number of GPUs that share one model (GPU engine)."""
-    compile: bool = False
-    """Compile the graph of the model. The engine starts slower and runs large models faster."""
-    threads: Positive = 1
-    """CPU threads of the forward pass (CPU engine)."""
-    amx: bool = True
-    """Use AMX, the matrix instructions of the CPU, if the CPU has them and the kernel permits them (CPU engine)."""
-
-
-class ScriptedEngineConfig(Section):
-    """An engine without a model, for tests: it answers from a list of texts."""
-
-    kind: Literal["scripted"]
-    texts: Annotated[tuple[str, ...], Field(min_length=1, strict=False)]
-    """The answers. The trajectory id and the turn select one for each model message."""
-    tokens_per_s: PositiveFloat = 2000.0
-    """Sampling speed of each request, in tokens per second."""
 
 
 class RolloutConfig(Service):

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from palimpsest.common.config import RunConfig, load
+from palimpsest.common.config.engines import VllmEngineConfig
 from palimpsest.common.config.learner import LearnerConfig
-from palimpsest.common.config.schema import VllmEngineConfig
 from palimpsest.common.trajectory_limit import with_limit
 from palimpsest.common.user_error import UserError
 from palimpsest.plan import text

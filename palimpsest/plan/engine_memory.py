@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from palimpsest.common.config.schema import VllmEngineConfig
+from palimpsest.common.config.engines import VllmEngineConfig
+from palimpsest.common.model_limits import EXPERT_KEYS
 from palimpsest.plan.causes import GIB
 from palimpsest.plan.gpus import Gpus
 
@@ -33,8 +34,15 @@ def engine_memory(engine: VllmEngineConfig, weights: int, text_config: Mapping[s
     """Return the memory of an engine. weights: bytes of the model; text_config: config.json of its language model."""
     width = engine.tensor_parallel
     own = -(-weights // width)
+    if engine.expert_parallel and (experts := _experts(text_config)):
+        own = -(-weights * -(-experts // width) // experts)  # one GPU may hold an expert more than its share
     taken = int(gpus.gib * GIB * engine.gpu_memory_utilization)
     return EngineMemory(own, taken - own, _token(text_config, width))
+
+
+def _experts(config: Mapping[str, Any]) -> int:
+    """Number of experts of a layer; 0 if the configuration does not tell."""
+    return next((int(config[key]) for key in EXPERT_KEYS if config.get(key)), 0)
 
 
 def _token(config: Mapping[str, Any], width: int) -> int:

@@ -3,7 +3,8 @@
 import re
 from dataclasses import dataclass
 
-from palimpsest.common.config.schema import RunConfig, VllmEngineConfig
+from palimpsest.common.config.engines import VllmEngineConfig
+from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.user_error import UserError
 from palimpsest.plan.causes import GIB
 from palimpsest.services.local.placement import ENGINES, LEARNER, REPLICAS, gpus_wanted, place

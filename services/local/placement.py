@@ -7,7 +7,8 @@ for both or the machine has a single one.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from palimpsest.common.config.schema import RunConfig, VllmEngineConfig
+from palimpsest.common.config.engines import VllmEngineConfig
+from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.user_error import UserError
 from palimpsest.services.local.visible_gpus import VARIABLE
 

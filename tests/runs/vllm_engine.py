@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from palimpsest.common import failpoints
-from palimpsest.common.config.schema import VllmEngineConfig
+from palimpsest.common.config.engines import VllmEngineConfig
 from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.services.rollout.engine.port import StoredWeights
 from palimpsest.services.rollout.engine.vllm import VllmEngine
@@ -17,11 +17,12 @@ LOG = "worker-0.engine.log"
 
 @asynccontextmanager
 async def running_engine(
-    model: Path, folder: Path, *, max_live: int, faults: str, adapter: Adapter | None = None
-) -> AsyncIterator[VllmEngine]:
+    model: Path, folder: Path, *, max_live: int, faults: str, adapter: Adapter | None = None,
+    config: VllmEngineConfig | None = None,
+) -> AsyncIterator[VllmEngine]:  # fmt: skip
     """Start an engine, and close it at the end. folder: for its log. faults: value of PALIMPSEST_FAULT, inherited."""
     engine = VllmEngine(
-        VllmEngineConfig(kv_cache_gib=0.25), model=str(model), max_tokens=256, max_live=max_live, seed=0,
+        config or VllmEngineConfig(kv_cache_gib=0.25), model=str(model), max_tokens=256, max_live=max_live, seed=0,
         log=folder / LOG, adapter=adapter,
     )  # fmt: skip
     os.environ[failpoints.VARIABLE] = faults

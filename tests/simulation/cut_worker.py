@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from palimpsest.common.config.schema import ScriptedEngineConfig
+from palimpsest.common.config.engines import ScriptedEngineConfig
 from palimpsest.common.sessions.port import SessionFailed
 from palimpsest.common.sessions.wire import CreateSession, Lease, Message, Session, Status, Step
 from palimpsest.common.trajectory_limit import TrajectoryLimit

@@ -1,7 +1,8 @@
 """Builds the engine of a worker from its configuration."""
 
 from palimpsest.common import run_folder
-from palimpsest.common.config.schema import RunConfig, ScriptedEngineConfig
+from palimpsest.common.config.engines import ScriptedEngineConfig
+from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.routes import route_shape
 from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.services.rollout.chat_renderer import ChatRenderer

@@ -13,7 +13,7 @@ from typing import NoReturn
 import numpy as np
 
 from palimpsest.common import failpoints
-from palimpsest.common.config.schema import ScriptedEngineConfig
+from palimpsest.common.config.engines import ScriptedEngineConfig
 from palimpsest.common.routes import RouteShape
 from palimpsest.common.snapshots.manifest import Manifest
 from palimpsest.common.versions import Version

@@ -5,17 +5,15 @@ Only this file, vllm_weight_transfer.py, vllm_lora.py and weight_update.py impor
 
 import asyncio
 import gc
-import os
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from palimpsest.common.config.schema import VllmEngineConfig
-from palimpsest.common.logs import logger
+from palimpsest.common.config.engines import VllmEngineConfig
 from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.time_limits import limit_s
 from palimpsest.common.user_error import ExitCode, UserError
-from palimpsest.services.rollout.engine import amx, crash_report, vllm_lora
+from palimpsest.services.rollout.engine import amx, crash_report, machine, vllm_lora
 from palimpsest.services.rollout.engine.logits_processors import refuse_logits_processors
 from palimpsest.services.rollout.engine.port import EngineDead, EngineFailed, SampledTokens, StoredWeights, WrongWeights
 from palimpsest.services.rollout.engine.process_monitor import EngineMonitor
@@ -28,9 +26,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 TIME_LIMIT_S = 120.0
 """Least time limit of pause, load and resume each, in seconds; after it, the engine counts as dead."""
-_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-"""Given as a class path. With the short name, the CPU build starts a second process that only busy-waits for the first:
-half the tokens a second, and a start that takes 20 s longer (docs/decisions/0003)."""
 
 
 class VllmEngine:
@@ -70,7 +65,7 @@ class VllmEngine:
 
     async def start(self) -> None:
         refuse_logits_processors()
-        self._amx = _set_environment(self._config)
+        self._amx = machine.set_environment(self._config)
         if self._routes and self._amx is not None:
             refuse_routes_of_cpu()
         try:
@@ -80,11 +75,6 @@ class VllmEngine:
             from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
             raise UserError(f"vLLM cannot be imported ({error}): run `make setup`", ExitCode.UNAVAILABLE) from error
-        machine: dict[str, Any] = (
-            {"kv_cache_memory_bytes": int(self._config.kv_cache_gib * 2**30), "distributed_executor_backend": _EXECUTOR}
-            if self._amx is not None
-            else {"gpu_memory_utilization": self._config.gpu_memory_utilization}
-        )
         arguments = AsyncEngineArgs(
             model=self._model,
             dtype="bfloat16",
@@ -93,6 +83,7 @@ class VllmEngine:
             max_num_seqs=self._max_live,
             max_num_batched_tokens=max(self._config.max_concurrent_tokens, self._max_tokens),
             tensor_parallel_size=self._config.tensor_parallel,
+            enable_expert_parallel=self._config.expert_parallel,
             enforce_eager=not self._config.compile,
             logprobs_mode="processed_logprobs",
             weight_transfer_config=WeightTransferConfig(backend=NAME),
@@ -100,7 +91,7 @@ class VllmEngine:
             seed=self._seed,
             enable_return_routed_experts=self._routes,
             generation_config="vllm",  # ignore the model folder's sampling defaults (top_p, top_k)
-            **machine,
+            **machine.engine_arguments(self._config, cpu=self._amx is not None),
             **({} if self._adapter is None else vllm_lora.engine_arguments(self._adapter, self._model)),
         )
         self._watch = EngineMonitor(self._log)
@@ -326,23 +317,3 @@ def _full_message(error: Exception) -> str:
 
 def _post_mortem(watch: EngineMonitor) -> str:
     return crash_report.crash_text(watch.collect_evidence())
-
-
-def _set_environment(config: VllmEngineConfig) -> amx.Amx | None:
-    """Set the environment variables that vLLM reads at import. Return the use of AMX; None: the engine uses a GPU."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for the results of commands
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    # A forked engine would inherit locks held by this process's threads, and would not enable its crash log.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    import torch
-
-    if torch.cuda.is_available():
-        return None
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # several processes share the machine's cores
-    os.environ["OMP_NUM_THREADS"] = str(config.threads)
-    os.environ[amx.VARIABLE] = "on" if config.amx else "off"
-    chosen = amx.configure()
-    logger().info("no GPU: vLLM's CPU engine", threads=config.threads, amx=chosen.value)
-    return chosen

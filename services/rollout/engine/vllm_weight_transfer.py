@@ -42,7 +42,12 @@ def _engine_class() -> type:
     )
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
-    from palimpsest.services.rollout.engine.weight_update import Differs, WeightUpdate, repack_experts_on_update
+    from palimpsest.services.rollout.engine.weight_update import (
+        Differs,
+        WeightUpdate,
+        map_experts_on_cpu,
+        repack_experts_on_update,
+    )
 
     @dataclass
     class Init(WeightTransferInitInfo):  # type: ignore[misc]
@@ -62,6 +67,7 @@ def _engine_class() -> type:
             reinstall_fault_handlers()  # by now the model and every library it needs are loaded
             self.updates = 0
             repack_experts_on_update(UnquantizedFusedMoEMethod)
+            map_experts_on_cpu()
 
         def start_weight_update(self) -> None:
             from vllm.model_executor.model_loader.reload import initialize_layerwise_reload

@@ -10,6 +10,7 @@ weights as they were loaded.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -161,6 +162,36 @@ def repack_experts_on_update(method: type) -> None:
 
     _setup_kernel.packs_every_load = True  # type: ignore[attr-defined]
     method._setup_kernel = _setup_kernel  # type: ignore[attr-defined]
+
+
+def map_experts_on_cpu() -> None:
+    """Make the CPU build's experts obey the map of expert parallelism: vLLM 0.32 passes the numbers of all experts to a
+    kernel that knows only the experts of this process, which reads beyond its memory.
+
+    Idempotent. An expert of another process gets weight 0 here; the sum over the processes adds its share. Does nothing
+    on a GPU, where the kernels know the map.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    apply = CPUUnquantizedExperts.apply
+    if getattr(apply, "maps_experts", False):
+        return
+
+    def mapped(self: Any, *args: Any, **given: Any) -> None:
+        bound = signature(apply).bind(self, *args, **given)
+        values = bound.arguments
+        if values["expert_map"] is not None:
+            own = values["expert_map"][values["topk_ids"].long()]
+            values["topk_weights"] = values["topk_weights"].masked_fill(own < 0, 0.0)
+            values["topk_ids"] = own.clamp(min=0).to(values["topk_ids"].dtype)
+        apply(*bound.args, **bound.kwargs)
+
+    mapped.maps_experts = True  # type: ignore[attr-defined]
+    CPUUnquantizedExperts.apply = mapped
 
 
 def packed_expert(module: Any, w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor] | None:

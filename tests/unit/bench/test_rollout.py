@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.rollout import CANARY, RecordedEngine, enlarge, run_worker, stored
 from palimpsest.common.config import load
-from palimpsest.common.config.schema import ScriptedEngineConfig
+from palimpsest.common.config.engines import ScriptedEngineConfig
 from palimpsest.common.environments import lookup
 from palimpsest.common.snapshots.manifest import Canary
 from palimpsest.services.rollout.chat_renderer import ChatRenderer

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from palimpsest.common.config.lora import LoraConfig
 from palimpsest.common.config.schema import RunConfig
@@ -64,6 +65,20 @@ def test_an_adapter_is_refused_where_it_does_not_work(
     learner = run.learner.model_copy(update={"lora": LoraConfig(rank=8)})
     with pytest.raises(UserError, match=message):
         refuse_limits(run.model_copy(update={"learner": learner}))
+
+
+def test_experts_of_a_dense_model_are_not_divided(tmp_path: Path) -> None:
+    engine = {"kind": "vllm", "tensor_parallel": 2, "expert_parallel": True}
+    dense = a_model(tmp_path / "dense", config={"vocab_size": 10})
+    with pytest.raises(UserError, match=r"expert_parallel is true, but the model in .*dense has no experts"):
+        refuse_limits(a_run(dense, engine=engine))
+    mixture = {"text_config": {"vocab_size": 10, "num_experts": 4}}
+    refuse_limits(a_run(a_model(tmp_path / "mixture", config=mixture), engine=engine))
+
+
+def test_experts_are_not_divided_over_one_gpu(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="tensor_parallel is 1: one GPU holds all experts"):
+        a_run(tmp_path, engine={"kind": "vllm", "expert_parallel": True})
 
 
 def test_the_attention_of_a_mixture_may_have_an_adapter(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
+from palimpsest.common.config.engines import VllmEngineConfig
 from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.common.config.lora import LoraConfig
 from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
 from palimpsest.plan.causes import Cause, Memory, Moment
 from palimpsest.plan.command import run_command
-from palimpsest.plan.engine_memory import EngineMemory
+from palimpsest.plan.engine_memory import EngineMemory, engine_memory
 from palimpsest.plan.gpus import Gpus, parse
 from palimpsest.plan.learner_memory import learner_memory, pass_shape
 from palimpsest.plan.live_bytes import LiveBytes
@@ -253,6 +254,13 @@ def test_the_largest_moment_sets_the_peak() -> None:
         (Moment("old log-probs", (Cause("a", 5),)), Moment("training pass", (Cause("b", 4), Cause("c", 3)))),
     )
     assert (memory.static, memory.largest.name, memory.peak) == (30, "training pass", 37)
+
+
+@pytest.mark.parametrize(("width", "experts", "own"), [(2, 8, 50), (3, 8, 38), (3, 0, 34)])
+def test_a_gpu_holds_whole_experts(width: int, experts: int, own: int) -> None:
+    """Of 8 experts on 3 GPUs one holds 3; the model's own division by slices has no such remainder."""
+    engine = VllmEngineConfig(tensor_parallel=width, expert_parallel=True)
+    assert engine_memory(engine, 100, {"num_experts": experts}, Gpus(width, 80)).weights == own
 
 
 def test_a_cache_without_a_known_size_of_a_token_holds_no_number() -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from palimpsest.common.bus.port import Outgoing
 from palimpsest.common.bus.sqlite import SqliteBus
-from palimpsest.common.config.schema import ScriptedEngineConfig
+from palimpsest.common.config.engines import ScriptedEngineConfig
 from palimpsest.common.messages import (
     CONTROL,
     TRAJECTORIES,

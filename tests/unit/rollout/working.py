@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from palimpsest.common.bus.port import Outgoing
 from palimpsest.common.bus.sqlite import SqliteBus
-from palimpsest.common.config.schema import ScriptedEngineConfig
+from palimpsest.common.config.engines import ScriptedEngineConfig
 from palimpsest.common.evaluation.tasks import evaluation_group
 from palimpsest.common.messages import (
     CONTROL,

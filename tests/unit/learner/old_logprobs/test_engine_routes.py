@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from palimpsest.common.config.engines import ScriptedEngineConfig
 from palimpsest.common.config.learner import LearnerConfig, OptimizerConfig
-from palimpsest.common.config.schema import ScriptedEngineConfig
 from palimpsest.common.messages import TRAJECTORIES, TrajectoryFinished, decode, encode
 from palimpsest.common.routes import FREE, RouteShape, check_routes, route_shape
 from palimpsest.common.snapshots.client import SnapshotClient

@@ -7,9 +7,9 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from palimpsest.common.config.schema import VllmEngineConfig
+from palimpsest.common.config.engines import VllmEngineConfig
 from palimpsest.common.user_error import UserError
-from palimpsest.services.rollout.engine import vllm
+from palimpsest.services.rollout.engine import machine
 from palimpsest.services.rollout.engine.amx import Amx
 from palimpsest.services.rollout.engine.vllm import VllmEngine
 from palimpsest.services.rollout.engine.vllm_outputs import to_sampled_tokens
@@ -20,7 +20,7 @@ async def test_the_cpu_engine_is_refused(tmp_path: Path) -> None:
         VllmEngineConfig(), model="none", max_tokens=8, max_live=1, seed=0, log=tmp_path / "log", routes=True
     )
     with (
-        patch.object(vllm, "_set_environment", return_value=next(iter(Amx))),
+        patch.object(machine, "set_environment", return_value=next(iter(Amx))),
         pytest.raises(UserError, match="vLLM's CPU engine does not return the experts that it chose"),
     ):
         await engine.start()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.common.config.schema import ScriptedEngineConfig
+from palimpsest.common.config.engines import ScriptedEngineConfig
 from palimpsest.common.snapshots.manifest import SCHEMA, Canary, Manifest
 from palimpsest.common.versions import Version
 from palimpsest.services.rollout.engine.port import EngineFailed, SampledTokens, Span, StoredWeights
