@@ -38,6 +38,7 @@ from palimpsest.services.snapshot_store.storage_disk import DiskStorage
 from palimpsest.services.snapshot_store.storage_minio import MinioStorage
 from tests.contract.logs import LIMIT_S, TOPIC, bodies, take, things
 from tests.learner_parts.ingest import an_ingest
+from tests.processes.waiting import until
 from tests.records.builders import a_finished, a_segment
 from tests.servers.backends import s3_client
 from tools.backends.kafka import Kafka
@@ -134,6 +135,7 @@ def alter(admin: KafkaAdminClient, command: str) -> None:
     assert named
     options = dict(option.split("=") for option in named[2].split(","))
     admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, named[1], options)])
+    until(lambda: settings_of(admin, named[1]).items() >= options.items())  # the broker learns it from the controller
 
 
 def test_a_topic_with_larger_limits_is_accepted(bus: KafkaBus, prefix: str, admin: KafkaAdminClient) -> None:

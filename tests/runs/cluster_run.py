@@ -1,6 +1,7 @@
 """A run over a real Kafka, with or without a MinIO, whose services the caller starts, kills and pauses."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,12 @@ class ClusterRun:
     def ranks(self) -> list[psutil.Process]:
         """Processes of the present learner's two ranks."""
         family = psutil.Process(self.services.process(self.learner).pid).children(recursive=True)
-        return [process for process in family if "palimpsest.services.learner" in process.cmdline()]
+        found = []
+        for process in family:
+            with suppress(psutil.Error):  # a rank starts short programs while it imports torch
+                if "palimpsest.services.learner" in process.cmdline():
+                    found.append(process)
+        return found
 
     def trained(self) -> int:
         """Number of trained versions."""
