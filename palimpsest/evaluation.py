@@ -80,6 +80,10 @@ class StatedVersion:
         """See Engine."""
         return await self._engine.partial(request)
 
+    async def sleep(self) -> None:
+        """See Engine."""
+        await self._engine.sleep()
+
     async def load(self, weights: StoredWeights) -> None:
         """See Engine."""
         await self._engine.load(weights)

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from palimpsest.common.config.learner import LearnerConfig
+from palimpsest.common.config.proximal import InterruptionProximal
 from palimpsest.common.config.section import Positive, PositiveFloat, Section, Share
 
 
@@ -22,6 +24,10 @@ class VllmEngineConfig(Section):
     expert_parallel: bool = False
     """Divide the experts of a mixture of experts over the GPUs of `tensor_parallel`, so that each GPU holds whole
     experts. `false`: each GPU holds a slice of every expert."""
+    sleep: bool = False
+    """Sleep while the learner trains, on a GPU that both share: at each cut, before the learner computes, the engine
+    frees the memory of its weights and its KV cache, and takes it back when the next version is announced. Needs
+    learner.proximal.kind = "interruption" (docs/memory.md)."""
     compile: bool = False
     """Compile the graph of the model. The engine starts slower and runs large models faster."""
     threads: Positive = 1
@@ -47,3 +53,27 @@ class ScriptedEngineConfig(Section):
     """The answers. The trajectory id and the turn select one for each model message."""
     tokens_per_s: PositiveFloat = 2000.0
     """Sampling speed of each request, in tokens per second."""
+    sleep: bool = False
+    """Sleep while the learner trains, as the vLLM engine does."""
+
+
+def refusal_of_sleep(learner: LearnerConfig, ranks: int) -> str | None:
+    """Return why engines cannot sleep while this learner trains, and what to change; None: they can."""
+    if not isinstance(learner.proximal, InterruptionProximal):
+        return (
+            f'learner.proximal.kind is "{learner.proximal.kind}", which stops no engine before the learner computes: '
+            f'set learner.proximal.kind = "interruption"'
+        )
+    if learner.proximal.hold_s is not None:
+        return (
+            "learner.proximal.hold_s would wake an engine while the learner has the memory: remove "
+            "learner.proximal.hold_s"
+        )
+    if learner.publishing == "background":
+        return (
+            'learner.publishing is "background", which publishes while the learner computes for the next version: set '
+            'learner.publishing = "inline"'
+        )
+    if ranks > 1:
+        return f"local.learner_ranks is {ranks}: set local.learner_ranks = 1"
+    return None

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from palimpsest.common import run_folder
 from palimpsest.common.config.agents import Agents
 from palimpsest.common.config.bus import BusConfig
-from palimpsest.common.config.engines import ScriptedEngineConfig, VllmEngineConfig
+from palimpsest.common.config.engines import ScriptedEngineConfig, VllmEngineConfig, refusal_of_sleep
 from palimpsest.common.config.env_gateway import SESSION_LEASE_S, EnvGatewayConfig
 from palimpsest.common.config.evaluation import EvaluationConfig
 from palimpsest.common.config.learner import LearnerConfig
@@ -252,6 +252,12 @@ class RunConfig(Section):
                 f"snapshot_store.claims_keep_hours ({self.snapshot_store.claims_keep_hours}) must be more than "
                 f"bus.retention_hours ({self.bus.retention_hours}): otherwise a record can outlast its body"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _engines_can_sleep(self) -> "RunConfig":
+        if self.rollout.engine.sleep and (reason := refusal_of_sleep(self.learner, self.local.learner_ranks)):
+            raise ValueError(f"rollout.engine.sleep is true, but {reason}, or remove rollout.engine.sleep")
         return self
 
     @model_validator(mode="after")

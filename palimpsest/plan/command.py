@@ -54,7 +54,9 @@ def make_plan(config: RunConfig, gpus: Gpus) -> Plan:
     engine = config.rollout.engine
     places = needed(config, gpus)
     replica = CONTEXT + model.weights + rehearsed.scoring
-    room = gpus.usable_beside(places.engine_share, places.replicas_beside * replica)
+    room = beside = gpus.usable_beside(places.engine_share, places.replicas_beside * replica)
+    if places.asleep:  # a sleeping engine keeps its CUDA context
+        room = gpus.usable_beside(0.0, places.replicas_beside * replica + places.asleep * CONTEXT)
     remedies = () if memory.peak <= room else tuple(_remedies(config, longest))
     return Plan(
         gpus=gpus,
@@ -66,6 +68,7 @@ def make_plan(config: RunConfig, gpus: Gpus) -> Plan:
         else None,
         needed=places,
         learner_room=room,
+        awake_room=beside,
         remedies=remedies,
         live_tokens=config.rollout.max_live * longest,
     )

@@ -58,6 +58,8 @@ class Needed:
     """Largest share of a GPU of the learner that engines on it take."""
     replicas_beside: int = 0
     """Largest number of replicas on a GPU of the learner."""
+    asleep: int = 0
+    """Largest number of engines on a GPU of the learner that sleep while it computes."""
 
     @property
     def number(self) -> int:
@@ -78,7 +80,7 @@ def needed(config: RunConfig, gpus: Gpus) -> Needed:
     """Place the processes as `palimpsest run` does, and return the GPUs that they need."""
     wanted = gpus_wanted(config)
     numbers = {kind: sum(processes.values()) for kind, processes in wanted.items()}
-    refused, share, beside = None, 0.0, 0
+    refused, share, beside, asleep = None, 0.0, 0, 0
     try:
         placed = place(config, [str(number) for number in range(gpus.number)]).gpus
     except UserError as error:
@@ -88,5 +90,6 @@ def needed(config: RunConfig, gpus: Gpus) -> Needed:
         used = {kind: [gpu for name in wanted[kind] for gpu in placed[name]] for kind in (ENGINES, REPLICAS)}
         beside = max(used[REPLICAS].count(gpu) for gpu in placed[LEARNER])
         if isinstance(engine, VllmEngineConfig):
-            share = engine.gpu_memory_utilization * max(used[ENGINES].count(gpu) for gpu in placed[LEARNER])
-    return Needed(numbers[ENGINES], numbers[LEARNER], numbers[REPLICAS], refused, share, beside)
+            engines = max(used[ENGINES].count(gpu) for gpu in placed[LEARNER])
+            share, asleep = engine.gpu_memory_utilization * engines, engines if engine.sleep else 0
+    return Needed(numbers[ENGINES], numbers[LEARNER], numbers[REPLICAS], refused, share, beside, asleep)

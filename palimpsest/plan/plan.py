@@ -20,7 +20,9 @@ class Plan:
     """None without a vLLM engine."""
     needed: Needed
     learner_room: int
-    """Bytes of a GPU for the tensors of a rank, beside engines and replicas on the same GPU."""
+    """Bytes of a GPU for the tensors of a rank that computes, beside engines and replicas on the same GPU."""
+    awake_room: int
+    """The same while it waits for a batch: less, if the engines sleep while it computes."""
     remedies: tuple[tuple[tuple[str, ...], int], ...]
     """Keys with values that lower the learner's peak, and the peak with them in bytes; empty if the learner fits."""
     live_tokens: int
@@ -41,6 +43,11 @@ class Plan:
             sentences.append(
                 f"Does not fit: a rank of the learner needs {gib(over)} GiB more than a GPU has. Keys that change it: "
                 f"{', '.join(keys)}."
+            )
+        if (over := self.learner.static - self.awake_room) > 0 and self.needed.asleep:
+            sentences.append(
+                f"Does not fit: what a rank of the learner holds all the time needs {gib(over)} GiB more than engines "
+                f"leave that are awake. Lower rollout.engine.gpu_memory_utilization."
             )
         if self.engine is not None and self.engine.cache <= 0:
             sentences.append(

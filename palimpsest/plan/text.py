@@ -27,6 +27,8 @@ def render(plan: Plan) -> str:
         lines += [f"in addition during: {moment.name}", *(_line(cause) for cause in moment.causes)]
     lines.append(_sum(f"peak, {learner.largest.name}", learner.peak))
     engines = f" and {plan.needed.engine_share:.0%} for engines" if plan.needed.engine_share else ""
+    if plan.needed.asleep:
+        engines = f" and {gib(plan.needed.asleep * CONTEXT)} for engines that sleep"
     replicas = f" and {plan.needed.replicas_beside} of replicas" if plan.needed.replicas_beside else ""
     others = f"{gib(CONTEXT)} for CUDA{engines}{replicas}"
     lines.append(_sum(f"a GPU of {plan.gpus.gib:g} GiB, less {others}", plan.learner_room))

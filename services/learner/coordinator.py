@@ -48,6 +48,7 @@ from palimpsest.services.learner.sharding.published_weights import CollectiveOrd
 from palimpsest.services.learner.sharding.shard_files import ShardFiles
 from palimpsest.services.learner.sharding.shared_work import OnAllRanks
 from palimpsest.services.learner.tracking.build import build_tracking
+from palimpsest.services.learner.training.gpu_cache import release_gpu_cache
 
 
 def run_coordinator(
@@ -91,6 +92,7 @@ def run_coordinator(
         confirm=writer.confirm,
         epoch=lambda: writer.epoch,
         control=ControlCheck(store),
+        sleeping=config.rollout.engine.sleep,
     )
     outputs = _outputs(config, training, bus, store, writer, evaluator, adapter)
     feed, watch = PageFeed(), WorkerWatch(lambda: open_bus(config), run=config.run.id)
@@ -161,7 +163,10 @@ def _outputs(
             parts = CollectiveOrders(on_all_ranks) if messages is None else MessageOrders(messages, part)
             weights = ShardedWeights(on_all_ranks, parts, store, run=config.run.id)
             files = ShardFiles(on_all_ranks, policy)
-    publisher = Publisher(bus, store, writer, model, canaries, run=config.run.id, weights=weights, adapter=adapter)
+    publisher = Publisher(
+        bus, store, writer, model, canaries, run=config.run.id, weights=weights, adapter=adapter,
+        free_memory=release_gpu_cache if config.rollout.engine.sleep else lambda: None,
+    )  # fmt: skip
     report_free_bytes("checkpoints", config.checkpoint_folder)
     checkpoints = Checkpoints(
         config.checkpoint_folder, writer, keep=learner.checkpoint.keep, shards=files, adapter=adapter

@@ -186,6 +186,8 @@ class Loop:
                 if (
                     not paused_by
                     and not evaluates
+                    and self._ledger.peek_batch(self.version)
+                    and self._route.take_turn(self.version, self._publishing.digest, stop=lambda: self._stop.requested)
                     and (ready := self._ledger.peek_batch(self.version))
                     and (rows := self._attach_old_logprobs(ready)) is not None
                 ):
@@ -236,9 +238,7 @@ class Loop:
             heartbeat=self._ownership.confirm_periodically,
             stop=lambda: self._stop.requested or self._control.has_requests,
         )
-        if attached is None:
-            return None
-        return regroup(attached, groups)
+        return None if attached is None else regroup(attached, groups)
 
     def _train(self, batch: list[ReadyGroup[ReceivedTrajectory]], rows: list[list[Row]]) -> None:
         """Train, report, checkpoint and publish one version."""

@@ -14,7 +14,8 @@ from palimpsest.services.local.visible_gpus import VARIABLE
 
 ENGINES, LEARNER, REPLICAS = "engines", "learner", "replicas"
 ENGINES_ALONE, ENGINES_BESIDE = 0.9, 0.5
-"""Maximum share of a GPU for the engines on it: several engines alone, and engines beside a learner or a replica."""
+"""Maximum share of a GPU for the engines on it: several engines alone or asleep while the learner computes, and engines
+beside a learner or a replica."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ def _refuse_full(config: RunConfig, numbers: Mapping[str, Sequence[int]]) -> Non
     for gpu in sorted(set(numbers[ENGINES])):
         engines = list(numbers[ENGINES]).count(gpu)
         others = [_text(kind) for kind in (LEARNER, REPLICAS) if gpu in numbers[kind]]
-        most = (ENGINES_BESIDE if others else ENGINES_ALONE) / engines
+        most = (ENGINES_BESIDE if others and not engine.sleep else ENGINES_ALONE) / engines
         if (engines > 1 or others) and engine.gpu_memory_utilization > most:
             sharing = " and ".join([f"{engines} engine{'s' if engines > 1 else ''}", *others])
             raise UserError(

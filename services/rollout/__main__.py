@@ -85,7 +85,7 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
                 max_live=rollout.max_live, limit=limit, samples=config.tasks.samples_per_group,
                 versions=config.learner.versions,
                 evaluation_samples=config.evaluation.samples if config.evaluation.every else 0,
-                control=ControlCheck(store), hold_s=_hold_s(config),
+                control=ControlCheck(store), hold_s=_hold_s(config), sleeps=rollout.engine.sleep,
             )  # fmt: skip
             loop = asyncio.get_running_loop()
 

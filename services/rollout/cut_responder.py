@@ -6,6 +6,7 @@ later record on the log ends the cut (docs/algorithms/interruption.md).
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 
@@ -41,9 +42,12 @@ class CutResponder:
         weights: WeightSync,
         outbox: Outbox,
         hold_s: float | None = None,
+        sleeps: bool = False,
     ) -> None:
-        """hold_s: see learner.proximal.hold_s; None: HOLD_LIMIT_S."""
-        self._hold_s = HOLD_LIMIT_S if hold_s is None else hold_s
+        """hold_s: see learner.proximal.hold_s; None: HOLD_LIMIT_S. sleeps: whether the engine sleeps at a cut. Only
+        the learner then ends the hold, because it computes on the same GPU, for as long as it takes."""
+        self._hold_s = math.inf if sleeps else HOLD_LIMIT_S if hold_s is None else hold_s
+        self._sleeps = sleeps
         self._run, self._worker = run, worker
         self._engine, self._live, self._weights, self._outbox = engine, live, weights, outbox
         self._cuts = CutState()
@@ -102,6 +106,8 @@ class CutResponder:
             version = self._weights.verified
             failpoints.reach("rollout.at_cut")
             flushed = await self._flush(request)
+            if self._sleeps:
+                await self._engine.sleep()  # before the answer, upon which the learner computes
         await self._outbox.flush()
         failpoints.reach("rollout.after_flush")
         self._outbox.put_from_worker(

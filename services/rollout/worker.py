@@ -77,9 +77,11 @@ class Worker:
         evaluation_samples: int = 0,
         control: ControlCheck,
         hold_s: float | None = None,
+        sleeps: bool = False,
     ) -> None:
         """samples, evaluation_samples: most trajectories of a group, and of one of an evaluation (0: the run has none).
-        versions: of the run. control: checks records for the learner that has the run. hold_s: see CutResponder."""
+        versions: of the run. control: checks records for the learner that has the run. hold_s, sleeps: see
+        CutResponder."""
         self._run, self._name, self._bus = run, name, bus
         self._sampler, self._weights = sampler, weights
         self._slots, self._end = Slots(max_live), RunEnd(versions)
@@ -93,7 +95,7 @@ class Worker:
         )
         self._interruption = CutResponder(
             run=run, worker=name, engine=sampler.engine, live=sampler.live, weights=weights, outbox=self._outbox,
-            hold_s=hold_s,
+            hold_s=hold_s, sleeps=sleeps,
         )  # fmt: skip
         self._frontier = OffsetTracker()
         self._known_tasks: dict[int, int] = {}

@@ -59,6 +59,8 @@ class Schedule:
     checkpoints: list[LearnerCheckpoint] = field(default_factory=lambda: [LearnerCheckpoint()])
     """The learner's checkpoints."""
     at_work: list[Worker] = field(default_factory=list)
+    engines: dict[str, Engine] = field(default_factory=dict)
+    """Worker process -> its engine."""
     death_signals: "dict[str, asyncio.Future[None]]" = field(default_factory=dict)
     """Worker process -> future; the process dies when the future is done."""
     lives: list[str] = field(default_factory=list)
@@ -68,6 +70,8 @@ class Schedule:
     writer: int = 0
     """Epoch of the learner that has the run."""
     over: bool = False
+    sleeps: bool = False
+    """Whether the engines sleep at a cut."""
 
     def __post_init__(self) -> None:
         self.store = SimulatedStore(self.loop, self._note, self._available, self._silent_until)
@@ -141,6 +145,7 @@ class Schedule:
             engine = Engine(self)
             worker = a_worker(self, name, engine)
             self.at_work.append(worker)
+            self.engines[process_name.get()] = engine
             working = asyncio.create_task(worker.work())
             dies_after = self.random.uniform(0.0, 80.0) if self.deaths and self.chance(0.4) else None
             if self.deaths and self.chance(0.3):
@@ -148,6 +153,7 @@ class Schedule:
             death_signals = self.death_signals[process_name.get()] = self.loop.create_future()
             await asyncio.wait({working, death_signals}, timeout=dies_after, return_when=asyncio.FIRST_COMPLETED)
             self.at_work.remove(worker)
+            del self.engines[process_name.get()]
             if death_signals.done():
                 pass  # the worker died at a failpoint
             elif working.done() and isinstance(working.exception(), EngineDead):

@@ -48,6 +48,7 @@ def a_worker(schedule: "Schedule", name: str, engine: "Engine") -> Worker:
     worker = Worker(
         run=RUN, name=name, bus=schedule.bus, sampler=sampler, weights=weights, max_live=5, limit=limit,
         samples=2, evaluation_samples=2, versions=1, control=any_control(),
+        sleeps=schedule.sleeps,
     )  # fmt: skip
     return worker
 
@@ -77,6 +78,7 @@ class Engine(ScriptedEngine):
 
     def _sample(self, request: str, message: Any) -> None:
         self._alive()
+        assert not self.asleep, "an engine samples in its sleep"
         super()._sample(request, message)
         place = len(message.versions) - 1
         now = self._schedule.loop.time()
@@ -90,6 +92,10 @@ class Engine(ScriptedEngine):
         if self._schedule.chance(0.2):
             await asyncio.sleep(self._schedule.delay_s(1.0))
         return await super().partial(request)
+
+    async def sleep(self) -> None:
+        await asyncio.sleep(self._schedule.delay_s(1.0))
+        await super().sleep()
 
     async def load(self, weights: StoredWeights) -> None:
         await asyncio.sleep(self._schedule.delay_s(1.0))

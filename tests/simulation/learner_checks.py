@@ -30,6 +30,7 @@ def run_and_check(
     *,
     plan: Sequence[Fault] = (),
     of_worker: Fault | None = None,
+    kind: type[LearnerSchedule] = LearnerSchedule,
     **settings: Any,
 ) -> LearnerSchedule:
     """Run a schedule to its end and check the result; settings: see `configured`. Raises AssertionError if a check
@@ -38,7 +39,7 @@ def run_and_check(
     home = configured(folder, **settings).run.home
 
     async def main(loop: SimulatedLoop) -> LearnerSchedule:
-        schedule = LearnerSchedule(loop, chances, folder, plan=list(plan), of_worker=of_worker, home=home, stored=store)
+        schedule = kind(loop, chances, folder, plan=list(plan), of_worker=of_worker, home=home, stored=store)
         schedule.deaths = schedule.deaths and of_worker is None and not plan
         with simulated(schedule):
             await schedule.run()

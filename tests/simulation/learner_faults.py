@@ -41,6 +41,7 @@ learner.checkpoint.every = {every}
 learner.proximal.kind = "interruption"
 learner.proximal.deadline_s = 5.0
 learner.discrepancy.band = "off"
+rollout.engine = {{ kind = "vllm", sleep = {sleep} }}
 learner.optimizer.lr = 0.1
 learner.optimizer.weight_decay = 0.1
 """
@@ -94,16 +95,24 @@ class Table(torch.nn.Module):
         return self.table
 
 
-def configured(folder: Path, *, publishing: str = "inline", evaluated: int = 3, every: int = 1) -> RunConfig:
+def configured(
+    folder: Path,
+    *,
+    publishing: str = "inline",
+    evaluated: int = 3,
+    every: int = 1,
+    sleep: bool = False,
+) -> RunConfig:
     """Configuration of these runs; the first call writes run.toml as a run does, and decides its settings.
 
-    evaluated: versions between two evaluations, 0 for none. every: versions between two checkpoints.
+    evaluated: versions between two evaluations, 0 for none. every: versions between two checkpoints. sleep: whether the
+    engines sleep while the learner trains.
     """
     path = folder / "run.toml"
     if not path.exists():
         text = CONFIG.format(
             run=RUN, folder=folder, samples=SAMPLES, versions=VERSIONS, groups=GROUPS, staleness=STALENESS,
-            publishing=publishing, evaluated=evaluated, every=every,
+            publishing=publishing, evaluated=evaluated, every=every, sleep=str(sleep).lower(),
         )  # fmt: skip
         path.write_text(text)
         write(folder / RUN / "run.toml", text.encode())

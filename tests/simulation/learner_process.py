@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from palimpsest.common.arrays import Float32Array
 from palimpsest.common.bus.port import Outgoing, Position
 from palimpsest.common.control.desk import ControlDesk
 from palimpsest.common.service import Starting, Stop
@@ -13,12 +14,12 @@ from palimpsest.common.snapshots.fencing import Fenced
 from palimpsest.common.snapshots.manifest import Manifest
 from palimpsest.common.versions import Version
 from palimpsest.services.learner import instruments
-from palimpsest.services.learner.batch.batching import Row
+from palimpsest.services.learner.batch.batching import PaddedBatch, Row
 from palimpsest.services.learner.coordinator import run_coordinator
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.loop_parts import Training
 from palimpsest.services.learner.model.trainable import TrainablePolicy
-from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer
+from palimpsest.services.learner.old_logprobs.distributed_scorer import Pass, model_scorer
 from palimpsest.services.learner.training.build import build_training_state
 from palimpsest.services.learner.training.results import StepResult
 from palimpsest.services.learner.training.trainer import Trainer
@@ -97,6 +98,15 @@ class SimulatedLearner:
         if self.schedule.chance(0.3):
             Actor.here.actor.sleep(self.schedule.delay_s(1.0))
 
+    def watched(self, score: Pass) -> Pass:
+        """Scores that the schedule hears of."""
+
+        def watched(batch: PaddedBatch) -> Float32Array:
+            self.schedule.computes("scores")
+            return score(batch)
+
+        return watched
+
     def _live(self) -> None:
         config = self.schedule.config
         ranks, model = ProcessGroup(), Table()
@@ -109,7 +119,8 @@ class SimulatedLearner:
             trainer.learner = self
             try:
                 training = Training(trainer, policy, state, ranks)
-                run_coordinator(config, self.stop, store, training, model_scorer(model, ranks.device), NoServer())
+                score = self.watched(model_scorer(model, ranks.device))
+                run_coordinator(config, self.stop, store, training, score, NoServer())
             except Fenced:
                 assert self.still.done(), "the learner was replaced without a pause"
             else:
@@ -124,6 +135,7 @@ class WatchedTrainer(Trainer):
 
     def train(self, minibatches: Sequence[Sequence[Row]], now: Version, **options: Any) -> StepResult:
         """See Trainer."""
+        self.learner.schedule.computes("trains")
         trained = self.learner.schedule.trained
         trained += [(self.learner.writer, now, row) for minibatch in minibatches for row in minibatch]
         return super().train(minibatches, now, **options)

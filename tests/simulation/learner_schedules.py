@@ -76,6 +76,7 @@ class LearnerSchedule(Schedule):
         self.checker = NullChecker()
         self.numbers = itertools.cycle(range(FIRST_SAMPLED, VOCABULARY))  # type: ignore[assignment]
         self.config = configured(self.folder)
+        self.sleeps = self.config.rollout.engine.sleep
         self.alive: dict[str, SimulatedLearner] = {}
 
     def manifest(self, version: Version) -> Manifest:
@@ -96,6 +97,9 @@ class LearnerSchedule(Schedule):
     def _copy(self, topic: str, records: Sequence[Outgoing]) -> None:
         if topic != CONTROL:  # a check needs the order of the learners' messages
             super()._copy(topic, records)
+
+    def computes(self, what: str) -> None:
+        """The present learner is about to compute: it scores or trains."""
 
     def reward(self) -> float:
         return self.random.choice([0.0, 1.0])

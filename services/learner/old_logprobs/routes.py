@@ -2,7 +2,7 @@
 
 snapshot      no work, or (prefetch) scores arrived tokens while their version is resident
 replica       reads the scores of the replicas, and waits for the scores of a batch
-interruption  scores early, and pauses the workers before the weights change
+interruption  scores early, and pauses the workers before the weights change; engines that sleep: before it computes
 surrogates    no work
 """
 
@@ -38,6 +38,11 @@ class Route(Protocol):
         now, digest: the version whose weights are resident.
         """
 
+    def take_turn(self, now: Version, digest: str, *, stop: Callable[[], bool]) -> bool:
+        """Called when a batch is complete, before the learner computes with it: wait until engines that share its GPU
+        sleep. It may read further trajectories. Return False if a stop was requested during the wait; then they are
+        awake. Raises Fenced."""
+
     def attach_old_logprobs(
         self, rows: Sequence[Row], now: Version, *, heartbeat: Callable[[], None], stop: Callable[[], bool]
     ) -> list[Row] | None:
@@ -65,6 +70,9 @@ class NoRoute:
     def start(self) -> None: ...
     def work(self, now: Version, digest: str) -> int:
         return 0
+
+    def take_turn(self, now: Version, digest: str, *, stop: Callable[[], bool]) -> bool:
+        return True
 
     def attach_old_logprobs(
         self,
@@ -141,16 +149,22 @@ class ReplicaRoute(NoRoute):
 
 
 class InterruptionRoute:
-    """See Route. Workers pause before the weights change."""
+    """See Route. Workers pause before the weights change; `sleeping`: before the learner computes with a batch."""
 
-    def __init__(self, reader: TrajectoryReader, coordinator: CutCoordinator, scores: ScoreStore) -> None:
+    def __init__(
+        self, reader: TrajectoryReader, coordinator: CutCoordinator, scores: ScoreStore, *, sleeping: bool = False
+    ) -> None:
         self._reader, self._coordinator, self._scores = reader, coordinator, scores
+        self._sleeping = sleeping
 
     def start(self) -> None:
         self._coordinator.start()
 
     def work(self, now: Version, digest: str) -> int:
         return self._coordinator.work(now, digest)
+
+    def take_turn(self, now: Version, digest: str, *, stop: Callable[[], bool]) -> bool:
+        return not self._sleeping or self._coordinator.take_turn(now, digest, stop=stop)
 
     def attach_old_logprobs(
         self,
@@ -163,7 +177,8 @@ class InterruptionRoute:
         return [self._scores.attach(row) for row in rows]
 
     def cut(self, now: Version, digest: str, *, training: Collection[str]) -> None:
-        self._coordinator.cut(now, digest, training=training)
+        if not self._sleeping:
+            self._coordinator.cut(now, digest, training=training)
 
     def cut_now(self, now: Version, digest: str) -> dict[str, Any]:
         report = self._coordinator.cut_and_release(now, digest)
@@ -197,8 +212,9 @@ def route(
     confirm: Callable[[], None],
     epoch: Callable[[], int],
     control: ControlCheck,
+    sleeping: bool = False,
 ) -> Route:
-    """Return the route of the configured kind.
+    """Return the route of the configured kind. sleeping: rollout.engine.sleep.
 
     score: scores with the resident weights. scores: the store that `ingest` removes resolved trajectories from.
     epoch: returns the epoch of this learner. control: checks the records of earlier learners.
@@ -256,5 +272,6 @@ def route(
                 epoch=epoch,
                 control=control,
                 left_out=left_out,
+                sleeping=sleeping,
             )
-            return InterruptionRoute(ingest.reader, coordinator, scores)
+            return InterruptionRoute(ingest.reader, coordinator, scores, sleeping=sleeping)

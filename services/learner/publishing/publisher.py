@@ -38,8 +38,11 @@ class Publisher:
         clock: Callable[[], float] = time.monotonic,
         weights: VersionWeights | None = None,
         adapter: Adapter | None = None,
+        free_memory: Callable[[], None] = lambda: None,
     ) -> None:
-        """weights: None: those of the model. adapter: what the model's are; None: whole weights."""
+        """weights: None: those of the model. adapter: what the model's are; None: whole weights. free_memory: called
+        before each announcement, upon which engines that sleep take back their memory."""
+        self._free_memory = free_memory
         self._weights = weights or WholeWeights(store, model, run=run, adapter=adapter)
         self._clock, self._leased = clock, (Version(0), clock())
         self._bus, self._store, self._writer, self._run = bus, store, writer, run
@@ -65,6 +68,7 @@ class Publisher:
         """
         canaries = self.prepare() if prepared is None else prepared
         manifest = self._weights.store(version, canaries, writer=self._writer.epoch)
+        self._free_memory()
         failpoints.reach("learner.before_announcing")
         self._writer.confirm()  # a successor has announced the version that it continues from
         announcement = VersionPublished(

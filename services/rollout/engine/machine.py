@@ -5,6 +5,7 @@ from typing import Any
 
 from palimpsest.common.config.engines import VllmEngineConfig
 from palimpsest.common.logs import logger
+from palimpsest.common.user_error import UserError
 from palimpsest.services.rollout.engine import amx
 
 _ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
@@ -41,3 +42,11 @@ def set_environment(config: VllmEngineConfig) -> amx.Amx | None:
     chosen = amx.configure()
     logger().info("no GPU: vLLM's CPU engine", threads=config.threads, amx=chosen.value)
     return chosen
+
+
+def refuse_sleep_of_cpu() -> None:
+    """Raise UserError: vLLM's CPU engine cannot sleep."""
+    raise UserError(
+        "rollout.engine.sleep is true, but vLLM's CPU engine cannot sleep: it keeps its memory. Use a GPU, or remove "
+        "rollout.engine.sleep"
+    )

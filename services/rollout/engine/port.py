@@ -89,6 +89,13 @@ class Engine(Protocol):
         `generate` returns these tokens again, as a prefix. None: no token was sampled, or no such request is in flight.
         """
 
+    async def sleep(self) -> None:
+        """Free the memory of the weights and of all cached keys and values. Only while paused. Idempotent.
+
+        `load` takes back the memory of the weights, `resume` the rest. `resume` without `load` brings back the weights
+        that were loaded. Requests in flight recompute their prefix. Raises EngineFailed.
+        """
+
     async def load(self, weights: StoredWeights) -> None:
         """Load these weights and drop all cached keys and values. Only while paused.
 

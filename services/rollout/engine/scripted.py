@@ -31,7 +31,7 @@ class ScriptedEngine:
         self._loaded: Manifest | None = None
         self._running = asyncio.Event()
         self._running.set()
-        self._closed = False
+        self._closed = self.asleep = False
         self._live: dict[str, _Message] = {}
 
     def status(self) -> dict[str, str]:
@@ -81,15 +81,23 @@ class ScriptedEngine:
         message = self._live.get(request)
         return message.to_sampled_tokens(stopped=False) if message is not None and message.versions else None
 
+    async def sleep(self) -> None:
+        if self._running.is_set():
+            raise EngineFailed("sleep: pause the engine first")
+        self.asleep = True
+
     async def load(self, weights: StoredWeights) -> None:
         if self._running.is_set():
             raise EngineFailed("load: pause the engine first")
         self._loaded = weights.manifest
 
     async def resume(self) -> None:
+        self.asleep = False
         self._running.set()
 
     async def score(self, tokens: Sequence[int]) -> list[float]:
+        if self.asleep:
+            raise EngineFailed("score: the engine sleeps")
         off = 0.5 if failpoints.active("rollout.scripted_canary") else 0.0
         known = {
             position: logprob

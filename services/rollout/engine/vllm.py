@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 T = TypeVar("T")
+SLEEPING = ("weights", "kv_cache")
+"""vLLM's tags of what sleeps."""
 TIME_LIMIT_S = 120.0
 """Least time limit of pause, load and resume each, in seconds; after it, the engine counts as dead."""
 
@@ -56,6 +58,8 @@ class VllmEngine:
         self._watch: EngineMonitor | None = None
         self._death: asyncio.Task[str] | None = None
         """Collects the crash report of a dead engine."""
+        self._asleep: list[str] = []
+        """What sleeps, as vLLM's tags: the weights are in host memory, the KV cache is gone."""
         self._scored = 0
         self._waiting: dict[str, Any] = {}
         """vLLM's output collectors, keyed by request."""
@@ -68,6 +72,8 @@ class VllmEngine:
         self._amx = machine.set_environment(self._config)
         if self._routes and self._amx is not None:
             refuse_routes_of_cpu()
+        if self._config.sleep and self._amx is not None:
+            machine.refuse_sleep_of_cpu()
         try:
             from vllm.config import WeightTransferConfig
             from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
@@ -90,6 +96,7 @@ class VllmEngine:
             disable_log_stats=True,
             seed=self._seed,
             enable_return_routed_experts=self._routes,
+            enable_sleep_mode=self._config.sleep,
             generation_config="vllm",  # ignore the model folder's sampling defaults (top_p, top_k)
             **machine.engine_arguments(self._config, cpu=self._amx is not None),
             **({} if self._adapter is None else vllm_lora.engine_arguments(self._adapter, self._model)),
@@ -152,9 +159,22 @@ class VllmEngine:
         sampled = to_sampled_tokens(output) if output is not None else None
         return sampled if sampled is not None and sampled.tokens else None
 
+    async def sleep(self) -> None:
+        if not self._asleep:
+            # Level 1 keeps the weights in host memory: `resume` may have to bring them back.
+            await self._run_step("sleep", self._running.sleep(level=1, mode="keep"))
+            self._asleep = list(SLEEPING)
+
+    async def _wake(self, *tags: str) -> None:
+        """Take the memory back. When nothing sleeps any more, vLLM samples again by itself."""
+        if tags := tuple(tag for tag in self._asleep if tag in tags):
+            await self._run_step("wake-up", self._running.wake_up(list(tags)))
+            self._asleep = [tag for tag in self._asleep if tag not in tags]
+
     async def load(self, weights: StoredWeights) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
+        await self._wake("weights")
         if self._adapter is not None:
             await self._load_adapter(weights, self._adapter)
             return
@@ -194,6 +214,7 @@ class VllmEngine:
         await self._run_step("cache reset", self._running.reset_prefix_cache(reset_running_requests=True))
 
     async def resume(self) -> None:
+        await self._wake(*SLEEPING)
         await self._run_step("resume", self._running.resume_generation())
 
     async def score(self, tokens: Sequence[int]) -> list[float]:

@@ -181,7 +181,7 @@ def test_a_key_of_no_union_member_is_reported_with_the_keys_of_all(run: Path) ->
         "--rollout.engine.xyzzy: rollout.engine.xyzzy is not a key of any kind of rollout.engine; "
     )
     assert message.endswith("they have amx, compile, expert_parallel, gpu_memory_utilization, kind, kv_cache_gib, "
-                         "max_concurrent_tokens, tensor_parallel, texts, threads, tokens_per_s")  # fmt: skip
+                         "max_concurrent_tokens, sleep, tensor_parallel, texts, threads, tokens_per_s")  # fmt: skip
 
 
 @pytest.mark.parametrize(

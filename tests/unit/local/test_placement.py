@@ -49,6 +49,13 @@ def test_the_default_engine_leaves_a_shared_gpu_no_room(tmp_path: Path) -> None:
         placed(tmp_path, 1)
 
 
+def test_an_engine_that_sleeps_while_the_learner_computes_may_take_more_of_a_gpu(tmp_path: Path) -> None:
+    turns = ("--rollout.engine.sleep=true", "--learner.proximal.kind=interruption")
+    assert placed(tmp_path, 1, *turns) == {"worker-0": ("0",), "learner": ("0",)}
+    with pytest.raises(UserError, match=r"GPU 0 is shared by .* 0\.95: set it to 0\.9 or less"):
+        placed(tmp_path, 1, *turns, "--rollout.engine.gpu_memory_utilization=0.95")
+
+
 @pytest.mark.parametrize(
     ("visible", "keys", "expected"),
     [

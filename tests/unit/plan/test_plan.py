@@ -239,6 +239,20 @@ def test_a_single_gpu_is_shared_as_in_a_run(run_file: Path) -> None:
     assert "Does not fit: GPU 0 is shared by 1 engine and the ranks of the learner" in text
 
 
+def test_an_engine_that_sleeps_leaves_its_memory_to_the_learner(run_file: Path) -> None:
+    at = "--rollout.engine.gpu_memory_utilization"
+    words = [str(run_file), "--gpus=1x80", "--rollout.engine.kind=vllm", "--rollout.engine.sleep=true"]
+    words.append("--learner.proximal.kind=interruption")
+    text, code = run_command([*words, f"{at}=0.9"])
+    assert (code, "less 1.00 for CUDA and 1.00 for engines that sleep" in text) == (0, True)
+    values = json.loads(run_command([*words, f"{at}=0.9", "--json"])[0])
+    assert values["gpus"]["usable_bytes"] == (80 - 1 - 1) * 2**30
+    words[1] = "--gpus=1x1.0625"  # the learner's weights and moments have to fit beside the engine that is awake
+    text, code = run_command([*words, f"{at}=0.9"])
+    assert code == 1
+    assert "Does not fit: what a rank of the learner holds all the time needs" in text
+
+
 def test_gpus_that_the_run_lists_are_planned_as_listed(run_file: Path) -> None:
     words = [str(run_file), "--gpus=2x80", "--rollout.engine.kind=vllm", "--rollout.engine.gpu_memory_utilization=0.25"]
     both = '--local.gpus={"engines" = [1], "learner" = [1], "replicas" = []}'

@@ -5,6 +5,7 @@ it has sampled. The learner scores these tokens with the resident weights. The s
 change. Workers resume when they read the announcement of the next version (docs/algorithms/interruption.md).
 """
 
+import math
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -47,11 +48,16 @@ READ_S = 30.0
 can delay reading for this long."""
 
 
+class CutStopped(Exception):
+    """A stop was requested while a cut waited for workers."""
+
+
 class CutCoordinator:
     """Requests cuts and scores what workers flush (rank 0).
 
     confirm: raises Fenced unless the run still belongs to this learner. epoch: returns the epoch of this learner.
     control: checks the records of earlier learners. left_out: returns groups that `work` does not score.
+    sleeping: engines share the GPU and sleep at a cut: a cut waits for every live worker, and only then scores.
     """
 
     def __init__(
@@ -68,10 +74,12 @@ class CutCoordinator:
         control: ControlCheck,
         left_out: Callable[[], Collection[str]] = frozenset,
         clock: Callable[[], float] = time.monotonic,
+        sleeping: bool = False,
     ) -> None:
         self._bus, self._ingest, self._reader, self._scorer, self._scores = bus, ingest, ingest.reader, scorer, scores
         self._run, self._deadline_s, self._confirm, self._clock = run, deadline_s, confirm, clock
         self._epoch, self._control, self._left_out = epoch, control, left_out
+        self._sleeping = sleeping
         self._workers = WorkerFeed(bus, ingest.dead_letters, run=run, clock=clock)
         self._first = self._next = 1
         self._open: int | None = None
@@ -100,6 +108,8 @@ class CutCoordinator:
         """
         self._scores.digests[now] = digest
         self._note_other_cuts(self._workers.poll().answers)
+        if self._sleeping:
+            return 0
         until, left_out = self._clock() + SLICE_S, self._left_out()
         early = [one for one in self._sampled() if isinstance(one, Flushed) or one.record.group not in left_out]
         tokens = self._scorer.work(early, now, digest, should_stop=lambda: self._clock() >= until)
@@ -107,19 +117,26 @@ class CutCoordinator:
         instruments.OLD_SCORED.labels("early").inc(tokens)
         return tokens
 
-    def cut(self, now: Version, digest: str, *, training: Collection[str] = ()) -> CutReport:
+    def cut(
+        self,
+        now: Version,
+        digest: str,
+        *,
+        training: Collection[str] = (),
+        stop: Callable[[], bool] = lambda: False,
+    ) -> CutReport:
         """Pause the workers and score every token of `now` that lacks an old log-prob.
 
         Call it before the first optimizer step. When it returns, the scores are durable and the weights may change. A
         worker that has not answered by the deadline is left out. training: trajectories whose scores are not needed
-        after this step.
+        after this step. Raises CutStopped, with the cut open, if `stop` returns True while it waits for workers.
 
         Never raises Fenced, because other ranks wait in a collective operation. The report has the field `fenced`, and
         the next `confirm` raises again.
         """
         self._scores.digests[now] = digest
         try:
-            report = self._cut(now, digest, training)
+            report = self._cut(now, digest, training, stop)
         except Fenced:
             return CutReport(cut=0, version=now, fenced=True)
         self._open = None
@@ -144,6 +161,19 @@ class CutCoordinator:
         self._open = report.cut
         self.release()
         return report
+
+    def take_turn(self, now: Version, digest: str, *, stop: Callable[[], bool]) -> bool:
+        """Cut before the learner computes anything with `now`: then all engines sleep. Raises Fenced.
+
+        Return False if a stop was requested during the wait for the workers; they sample again.
+        """
+        try:
+            self.cut(now, digest, stop=stop)
+        except CutStopped:
+            self.release()
+            return False
+        self._confirm()
+        return True
 
     def published(self, version: Version, digest: str) -> None:
         """Record an announced version. The announcement resumes the workers."""
@@ -170,12 +200,12 @@ class CutCoordinator:
         """Close the consumer."""
         self._workers.close()
 
-    def _cut(self, now: Version, digest: str, training: Collection[str]) -> CutReport:
+    def _cut(self, now: Version, digest: str, training: Collection[str], stop: Callable[[], bool]) -> CutReport:
         timer = PhaseTimer(self._clock, base="request")
         with timer.of("before"):
             # score arrived tokens before the workers pause
             self._reader.read_all(now, timeout_s=0.0)
-            before = self._scorer.work(self._sampled(training), now, digest)
+            before = 0 if self._sleeping else self._scorer.work(self._sampled(training), now, digest)
             settled = self._resolve_scored_flushes(now)
         self._note_other_cuts(self._workers.read_to_end().answers)
         cut = self._request_cut(now)
@@ -200,8 +230,11 @@ class CutCoordinator:
                 self._note_other_cuts(answer for answer in read.answers if not cut.take(answer))
                 if not cut.is_waiting(self._workers.alive(), now=self._clock()):
                     break
+                if stop():
+                    raise CutStopped
                 self._reader.read_all(now, timeout_s=0.0)
-                wait_s = 0.0 if score(enough=True) else POLL_S  # score while the cut waits for the other workers
+                # score while the cut waits for the other workers, unless they still have the memory
+                wait_s = 0.0 if not self._sleeping and score(enough=True) else POLL_S
         with timer.of("read"):
             caught_up = self._read_trajectories(cut.positions, now)
             # a late worker may have flushed, and a dead one may have finished trajectories
@@ -238,7 +271,8 @@ class CutCoordinator:
         )
         self._bus.publish(CONTROL, [Outgoing(self._run, encode(request))])
         self._open = number
-        return Cut(number, now, requested_at=self._clock(), deadline_s=self._deadline_s)
+        deadline_s = math.inf if self._sleeping else self._deadline_s
+        return Cut(number, now, requested_at=self._clock(), deadline_s=deadline_s)
 
     def _sampled(self, training: Collection[str] = ()) -> list[Sampled]:
         """Records that may have unscored tokens: trajectories that wait to be trained on, and flushes of live ones."""

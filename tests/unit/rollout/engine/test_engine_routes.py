@@ -26,6 +26,16 @@ async def test_the_cpu_engine_is_refused(tmp_path: Path) -> None:
         await engine.start()
 
 
+async def test_the_cpu_engine_cannot_sleep(tmp_path: Path) -> None:
+    config = VllmEngineConfig(sleep=True)
+    engine = VllmEngine(config, model="none", max_tokens=8, max_live=1, seed=0, log=tmp_path / "log")
+    with (
+        patch.object(machine, "set_environment", return_value=next(iter(Amx))),
+        pytest.raises(UserError, match="vLLM's CPU engine cannot sleep: it keeps its memory"),
+    ):
+        await engine.start()
+
+
 def test_experts_of_an_output_are_those_of_the_message() -> None:
     routes = np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
     output = SimpleNamespace(

@@ -48,6 +48,27 @@ def start_request(engine: ScriptedEngine, request: str = "g000000/0#0.0") -> "as
     return asyncio.create_task(engine.generate([1], request=request, temperature=1.0, max_tokens=64, stop=[2]))
 
 
+async def test_an_engine_sleeps_only_while_paused_and_serves_again_after_resume() -> None:
+    engine = Stepped()
+    await engine.update(3)
+    with pytest.raises(EngineFailed, match="pause the engine first"):
+        await engine.sleep()
+    saying = start_request(engine)
+    await engine.until(4)
+    await engine.pause()
+    await engine.sleep()
+    with pytest.raises(EngineFailed, match="the engine sleeps"):
+        await engine.score([1, 2])
+    partial = await engine.partial("g000000/0#0.0")
+    assert partial is not None
+    await engine.load(weights(5))
+    assert engine.asleep
+    await engine.resume()
+    sampled = await saying
+    assert sampled.tokens[: len(partial.tokens)] == partial.tokens
+    assert [span.version for span in sampled.spans] == [3, 5]
+
+
 async def test_a_partial_message_is_reported_exactly() -> None:
     engine = Stepped()
     await engine.update(3)
