@@ -40,7 +40,7 @@ def check(arguments: Sequence[str]) -> None:
     from palimpsest.common.model_limits import refuse_limits
     from palimpsest.common.trajectory_limit import resolved_toml
 
-    config = load([*arguments, "--check"], os.environ, program="palimpsest check").config
+    config = load(["--check", *arguments], os.environ, program="palimpsest check").config
     refuse_limits(config)
     print(resolved_toml(config).rstrip("\n"))
 

@@ -50,6 +50,7 @@ Train on NAME with tasks.environments = { NAME = 1.0 }. The number is the share 
 env_gateway.plugins = { NAME = "package.module:Class" }."""
 ACTIONS = ("list", "show", "check", "play", "serve")
 CHECKED_SEEDS = 4
+SEED_DIGITS = 18
 WIDTH = 110
 
 
@@ -124,6 +125,8 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Request:
 
 def unlisted(path: str) -> Open:
     """Return the opener of the environment `module:Class`, which runs in this process. Raises UserError."""
+    if not all(path.partition(":")[::2]):
+        raise UserError(f"{path!r} is not of the form MODULE:CLASS")
     (spec,) = plugins.blueprints({"this": path}, taken=()).values()
     sys.path.insert(0, str(Path.cwd()))
     try:
@@ -162,8 +165,8 @@ async def _play(open_host: Open, seed: int) -> None:
 
 
 def _seed(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
-        raise UserError(f"--seed {text}: must be an integer of at least 0")
+    if not (text.isascii() and text.isdecimal() and len(text) <= SEED_DIGITS):
+        raise UserError(f"--seed {text}: must be an integer of at least 0, with at most {SEED_DIGITS} digits")
     return int(text)
 
 

@@ -3,6 +3,7 @@
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from palimpsest.common.config.section import LOWEST_TEMPERATURE
 from palimpsest.common.config.session_environments import agent_programs
 from palimpsest.common.evaluation.estimates import parse_results, text
 from palimpsest.common.evaluation.tasks import held_out_tasks
+from palimpsest.common.file_errors import usable_folder
 from palimpsest.common.files import write
 from palimpsest.common.snapshots.manifest import Manifest
 from palimpsest.common.text import count, duration
@@ -47,6 +49,10 @@ in the run; the run may be active.
 Exit codes: 0 done, 2 unknown run, model, version or environment, 3 something is missing on this machine, 4 the stored
 version is damaged, 5 the engine died."""
 OWN = ("version", "environments", "tasks", "samples", "temperature", "seed", "json")
+MOST_TASKS, MOST_SAMPLES = 10000, 1000
+"""As in evaluation.tasks and evaluation.samples."""
+LARGEST = 2**53
+"""Largest version and seed."""
 MODEL_CONFIG = "config.json"
 """File that a model folder has."""
 
@@ -69,11 +75,20 @@ def command(arguments: Sequence[str]) -> None:
         print(USAGE)
         return
     request = parse(arguments)
+    if (file := request.own.get("json", "-")) != "-":
+        refuse_unwritable(Path(file))
     result = run(request, os.environ)
     encoded = msgspec.json.format(msgspec.json.encode(result), indent=2)
-    if (file := request.own.get("json", "")) not in ("", "-"):
+    print(encoded.decode() if request.own.get("json") == "-" else "\n".join(table(result)), flush=True)
+    if file != "-":  # after the table, which a full disk must not take away
         write(Path(file), encoded + b"\n")
-    print(encoded.decode() if file == "-" else "\n".join(table(result)))
+
+
+def refuse_unwritable(file: Path) -> None:
+    """Raise UserError unless the result can be written there, before hours of sampling."""
+    if not file.name or file.is_dir():
+        raise UserError(f"--json={file}: name a file, or - for the standard output")
+    usable_folder(file.absolute().parent, key="json")
 
 
 def parse(arguments: Sequence[str]) -> Request:
@@ -106,9 +121,9 @@ def run(request: Request, environment: Mapping[str, str]) -> dict[str, Any]:
     """Evaluate what the request names. Returns the result as JSON values. Raises UserError."""
     with _model(request, environment) as (config, version, manifest):
         own, wanted = request.own, config.evaluation
-        names = tuple(name for name in own.get("environments", "").split(",") if name)
-        names = names or wanted.names(tuple(config.tasks.environments))
-        tasks, samples = _number(own, "tasks", wanted.tasks, 1), _number(own, "samples", wanted.samples, 1)
+        names = _environments(own) or wanted.names(tuple(config.tasks.environments))
+        tasks = _number(own, "tasks", wanted.tasks, 1, MOST_TASKS)
+        samples = _number(own, "samples", wanted.samples, 1, MOST_SAMPLES)
         temperature = _temperature(own, wanted.temperature or config.sampling.temperature)
         seed = _number(own, "seed", 0, 0)
         from palimpsest.env_offered import found, offered
@@ -174,6 +189,8 @@ def table(result: Mapping[str, Any]) -> Iterator[str]:
 def _model(request: Request, environment: Mapping[str, str]) -> Iterator[tuple[RunConfig, Version, Manifest | None]]:
     """Yield the configuration with the model folder to evaluate, its version, and the manifest of that."""
     place = Path(request.place)
+    if not place.exists() and place.suffix != ".toml":
+        raise UserError(f"{place}: no such folder: name the folder of a run (runs/ID) or of a model (not its hub id)")
     if place.is_dir() and not (place / run_folder.RUN_FILE).is_file():
         if not (place / MODEL_CONFIG).is_file():
             raise UserError(f"{place}: neither the folder of a run (no run.toml) nor a model (no {MODEL_CONFIG})")
@@ -202,10 +219,10 @@ def _model(request: Request, environment: Mapping[str, str]) -> Iterator[tuple[R
 
 def _config_of_model(request: Request, environment: Mapping[str, str]) -> RunConfig:
     """Return a configuration for a model folder, with the defaults of a run."""
-    names = [name for name in request.own.get("environments", "").split(",") if name]
+    names = _environments(request.own)
     if not names:
         raise UserError(f"{PROGRAM} {request.place}: name the environments: --environments lookup,add")
-    shares = ", ".join(f'"{name}" = 1.0' for name in names)
+    shares = ", ".join(f"{msgspec.json.encode(name).decode()} = 1.0" for name in names)
     with tempfile.TemporaryDirectory(prefix="palimpsest-eval-") as folder:
         file = Path(folder) / "eval.toml"
         file.write_text(
@@ -213,7 +230,16 @@ def _config_of_model(request: Request, environment: Mapping[str, str]) -> RunCon
             f"[tasks]\nenvironments = {{ {shares} }}\n[learner]\nversions = 1\n"
             f'[rollout.engine]\nkind = "vllm"\n'
         )
-        return load([str(file), *request.flags], environment, program=PROGRAM).config
+        try:
+            config = load([str(file), *request.flags], environment, program=PROGRAM).config
+        except UserError as error:
+            raise UserError(str(error).replace(f"{file}: ", f"{PROGRAM} {request.place}: "), error.code) from None
+    if config.model.path != request.place or config.run.id:
+        raise UserError(
+            f"{PROGRAM} {request.place}: the model is this folder, of no run: leave out model.path and run.id, also in "
+            f"the environment, or name the run"
+        )
+    return config
 
 
 def _progress(ended: int, total: int) -> None:
@@ -227,12 +253,20 @@ def _announce(what: str) -> None:
         print(what, file=sys.stderr, flush=True)
 
 
-def _number(own: Mapping[str, str], name: str, default: int, lowest: int) -> int:
+def _environments(own: Mapping[str, str]) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in own.get("environments", "").split(",") if name.strip())
+    if twice := [name for name, number in Counter(names).items() if number > 1]:
+        raise UserError(f"--environments {own['environments']}: {twice[0]} is there twice")
+    return names
+
+
+def _number(own: Mapping[str, str], name: str, default: int, lowest: int, most: int = LARGEST) -> int:
     value = own.get(name)
     if value is None:
         return default
-    if not (value.isascii() and value.isdigit()) or int(value) < lowest:
-        raise UserError(f"--{name} {value}: must be a whole number of at least {lowest}")
+    digits = value.isascii() and value.isdigit() and len(value) <= len(str(LARGEST))
+    if not digits or not lowest <= int(value) <= most:
+        raise UserError(f"--{name} {value}: must be a whole number of at least {lowest} and at most {most}")
     return int(value)
 
 

@@ -66,9 +66,9 @@ def load(arguments: Sequence[str], environment: Mapping[str, str], *, program: s
         elif argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
             if not equals:
-                if not remaining:
+                if not remaining and ("." in name or name == "resume"):
                     raise UserError(f"{argument} needs a value: {argument}=VALUE")
-                value = remaining.pop(0)
+                value = remaining.pop(0) if remaining else ""  # a flag without a section is unknown, with any value
             if name == "resume":
                 resume = Path(value)
             else:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from palimpsest.common.config import RunConfig, load
 from palimpsest.common.config.engines import VllmEngineConfig
 from palimpsest.common.config.learner import LearnerConfig
+from palimpsest.common.model_limits import refuse_limits
 from palimpsest.common.trajectory_limit import with_limit
 from palimpsest.common.user_error import UserError
 from palimpsest.plan import text
@@ -38,7 +39,9 @@ def run_command(arguments: Sequence[str]) -> tuple[str, int]:
     if {"--help", "-h"} & set(arguments):
         return USAGE, 0
     given, rest = _options(arguments)
-    plan = make_plan(load(rest, os.environ, program=PROGRAM).config, parse(given["gpus"]))
+    gpus, config = parse(given["gpus"]), load(rest, os.environ, program=PROGRAM).config
+    refuse_limits(config)
+    plan = make_plan(config, gpus)
     rendered = json.dumps(text.as_json(plan), indent=2) if "json" in given else text.render(plan)
     return rendered, 0 if plan.fits else 1
 

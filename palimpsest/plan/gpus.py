@@ -11,7 +11,8 @@ from palimpsest.services.local.placement import ENGINES, LEARNER, REPLICAS, gpus
 
 CONTEXT = GIB
 """Bytes of a GPU that a process needs besides its tensors: CUDA context, kernels, communication buffers. Assumed."""
-_FORM = re.compile(r"([1-9]\d*)x([1-9]\d*(?:\.\d+)?)")
+_FORM = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5}(?:\.[0-9]{1,6})?)")
+"""Up to six digits each: the GPUs are listed one by one."""
 
 
 @dataclass(frozen=True, slots=True)

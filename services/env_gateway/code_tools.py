@@ -29,13 +29,19 @@ def code_tools(config: EnvGatewayConfig, limits: ChildLimits | None) -> Tools | 
             f"start processes without end. Set env_gateway.child_user if the gateway runs as root, permit user "
             f'namespaces otherwise, or set env_gateway.code_tools to "off"'
         )
+    python = shutil.which(config.code_python or sys.executable)
+    if python is None:
+        raise UserError(
+            f"env_gateway.code_python is {config.code_python!r}, which is not a program that can be run here: give the "
+            f"path of a Python, such as /usr/bin/python3"
+        )
     bwrap = shutil.which("bwrap")
     if bwrap is None:
         raise UserError(
             f"{KEY}, but no program bwrap is on the PATH: install bubblewrap (Debian and Ubuntu: apt install "
             f'bubblewrap), or set env_gateway.code_tools to "off"'
         )
-    tools = Tools(bwrap=bwrap, python=config.code_python or sys.executable)
+    tools = Tools(bwrap=bwrap, python=python)
     if problem := _problem(tools, limits):
         raise UserError(
             f"{KEY}, but no sandbox with {tools.python} can be made: {problem}. Permit user namespaces, which most "

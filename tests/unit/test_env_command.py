@@ -94,6 +94,8 @@ def test_a_task_that_cannot_begin_is_reported_with_its_error(run_file: Path) -> 
         (["show", "lokup"], "did you mean lookup?"),
         (["show"], "usage: palimpsest env"),
         (["show", "lookup", "--seed=x"], "--seed x: must be an integer of at least 0"),
+        (["show", "lookup", f"--seed={'9' * 5000}"], "with at most 18 digits"),
+        (["check", "guess:"], "'guess:' is not of the form MODULE:CLASS"),
         (["shoe"], "palimpsest env shoe: unknown action; use `list`, `show`, `check`, `play`"),
         (["list", "nowhere.toml"], "nowhere.toml"),
         (["check", "nowhere:Env"], "nowhere:Env cannot be used: ModuleNotFoundError"),

@@ -51,13 +51,34 @@ def test_a_model_needs_environments_and_has_no_versions(tmp_path: Path) -> None:
         ("--seed=-1", "--seed -1: must be a whole number of at least 0"),
         ("--temperature=0", "--temperature 0: must be a number of at least 0.01"),
         ("--temperature=hot", "--temperature hot: must be"),
+        ("--tasks=10001", "--tasks 10001: must be a whole number of at least 1 and at most 10000"),
+        ("--samples=1001", "at most 1000"),
+        (f"--seed={'9' * 5000}", "must be a whole number"),
         ("--environments=lokup", "did you mean lookup"),
+        ('--environments=lo"kup', "there is no environment 'lo\"kup'"),
+        ("--environments=lookup,add,lookup", "lookup is there twice"),
+        ("--model.path=elsewhere", "the model is this folder, of no run"),
+        ("--run.id=first", "the model is this folder, of no run"),
+        ("--rollout.engine.kind=scripted", r"^palimpsest eval \S+: rollout.engine.texts is missing"),
     ],
 )
 def test_an_unusable_number_or_name_is_refused(flag: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=message):
         run(parse([str(tmp_path), "--environments=lookup", flag]), {})
+
+
+@pytest.mark.parametrize("name", ["", "folder", "a_file/result.json"])
+def test_a_result_that_cannot_be_written_is_refused_before_the_evaluation(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a_file").touch()
+    with pytest.raises(UserError, match="json"):
+        command([str(tmp_path), f"--json={tmp_path / name if name else ''}"])
+
+
+def test_what_does_not_exist_is_named() -> None:
+    with pytest.raises(UserError, match="owner/model: no such folder: name the folder of a run"):
+        run(parse(["owner/model", "--environments=add"]), {})
 
 
 def test_the_table_has_one_row_for_each_environment() -> None:

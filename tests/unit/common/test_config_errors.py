@@ -301,6 +301,7 @@ def test_two_files_are_refused(run: Path) -> None:
 
 def test_a_flag_without_a_value_is_refused(run: Path) -> None:
     assert refused(run, "--run.seed") == "--run.seed needs a value: --run.seed=VALUE"
+    assert refused(run, "--quiet").startswith("--quiet: quiet is not a key of a run")
 
 
 @pytest.mark.parametrize(

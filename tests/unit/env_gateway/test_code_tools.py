@@ -216,6 +216,10 @@ def test_what_is_missing_is_named_at_the_start(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("PATH", str(Path(tools.bwrap).parent))
     with pytest.raises(UserError, match=r"processes cannot be limited here.*Set env_gateway.child_user"):
         code_tools(on, LIMITS.model_copy(update={"processes": None}))
-    with pytest.raises(UserError, match=r"no sandbox with /nowhere/bin/python can be made: .*No such file"):
-        code_tools(on.model_copy(update={"code_python": "/nowhere/bin/python"}), LIMITS)
     assert code_tools(on, LIMITS) == tools
+
+
+@pytest.mark.parametrize("python", ["/nowhere", "/nowhere/bin/python", "no-python", "/"])
+def test_a_python_that_does_not_exist_is_named(python: str) -> None:
+    with pytest.raises(UserError, match=r"env_gateway\.code_python is '\S+', which is not a program"):
+        code_tools(EnvGatewayConfig(code_tools="bubblewrap", code_python=python), None)

@@ -282,7 +282,9 @@ def test_a_cache_without_a_known_size_of_a_token_holds_no_number() -> None:
     assert EngineMemory(weights=1, cache=-100, token=10).tokens() == 0
 
 
-@pytest.mark.parametrize("text", ["8", "8x", "0x80", "8x-1", "80GBx8", ""])
+@pytest.mark.parametrize(
+    "text", ["8", "8x", "0x80", "8x-1", "80GBx8", "", "9999999x80", "8x" + "9" * 400, "9" * 5000 + "x8"]
+)
 def test_gpus_of_another_form_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="is not NUMBERxGIB, for example --gpus=8x80"):
         parse(text)
@@ -290,6 +292,11 @@ def test_gpus_of_another_form_are_refused(text: str) -> None:
 
 def test_gpus_are_a_number_and_their_memory() -> None:
     assert parse("8x79.5") == Gpus(8, 79.5)
+
+
+def test_a_run_that_its_model_refuses_is_refused(run_file: Path) -> None:
+    with pytest.raises(UserError, match=r"sampling\.max_trajectory_tokens is 900000000, but the model in"):
+        run_command([str(run_file), "--gpus=8x80", "--sampling.max_trajectory_tokens=900000000"])
 
 
 @pytest.mark.parametrize("words", [["run.toml"], ["--gpus=8x80"], []])
