@@ -58,7 +58,8 @@ class VersionPart:
         """Store the object, unless that was done. again: in any case. Return the bytes for which the store has no room;
         0 if it is stored."""
         assert self._file is not None
-        if self._encoded.size and (again or not self._stored):
+        self._stored = self._stored and not again  # without room now, it has to be sent when there is some
+        if self._encoded.size and not self._stored:
             try:
                 self._store.send_object(self._encoded.digest, self._encoded.size, self._file)
             except WithoutRoom:
