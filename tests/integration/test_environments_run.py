@@ -15,6 +15,7 @@ from palimpsest.common.environments.reasoning_gym_tasks import ReasoningGymTask
 from palimpsest.common.environments.tool_calls import render
 from palimpsest.common.messages import TRAJECTORIES, TrajectoryFinished, decode
 from palimpsest.services.learner.buffer.task_sampler import task
+from tests.runs.endless import ENDLESS, end_after_two_versions
 from tests.runs.run_process import RunProcess, check_ledger, check_whole_groups, history, scripted, wait_for
 from tests.servers.prometheus import Prometheus
 from tools import dashboards
@@ -22,6 +23,7 @@ from tools import dashboards
 pytestmark = pytest.mark.servers
 CHAIN_SUM = "reasoning_gym.chain_sum"
 VERSIONS = 5
+"""Enough versions to train on every environment."""
 SHARES = {"lookup": 1.0, "hop": 1.0, "add": 1.0, CHAIN_SUM: 3.0}
 """Shares. The slow environment has enough that the others alone cannot fill all versions."""
 MADE_VERSIONS = {"lookup": "1", "hop": "1", "add": "1", CHAIN_SUM: ReasoningGymTask.version}
@@ -87,6 +89,7 @@ def finished(home: Path) -> dict[str, TrajectoryFinished]:
 @dataclass(frozen=True, slots=True)
 class FinishedRun:
     home: Path
+    versions: int
     empty_queries: set[tuple[str, str]]
     """Panel and legend of the dashboards' queries that gave no point."""
 
@@ -95,19 +98,18 @@ class FinishedRun:
 def run(tmp_path_factory: pytest.TempPathFactory, starting_model: Path) -> FinishedRun:
     """A finished run that a Prometheus scraped."""
     folder = tmp_path_factory.mktemp("environments")
-    toml, home = scripted(folder, starting_model, versions=VERSIONS), folder / "scripted"
-    process = RunProcess(toml, FLAG, TEXTS, "--sampling.max_trajectory_tokens=400")
+    toml, home = scripted(folder, starting_model, versions=1), folder / "scripted"
+    process = RunProcess(toml, ENDLESS, FLAG, TEXTS, "--sampling.max_trajectory_tokens=400")
     try:
         wait_for(lambda: "rollout" in process.services(), process, name="the worker")
         (worker,) = process.services()["rollout"]
         with Prometheus(folder / "prometheus", ports_of(worker), run="scripted") as prometheus:
-            wait_for(lambda: len(history(home)) >= 1, process, name="version 1")
-            worker.suspend()  # the run must not end before Prometheus has scraped the series of a version
+            wait_for(lambda: len(history(home)) >= VERSIONS, process, name=f"version {VERSIONS}")
             wait_for(lambda: prometheus.number(SCRAPES) >= 3, process, name="three scrapes")
-            worker.resume()
+            versions = end_after_two_versions(process, home)
             code, output = process.finish()
             assert code == 0, output[-3000:]
-            return FinishedRun(home, empty_queries(prometheus))
+            return FinishedRun(home, versions, empty_queries(prometheus))
     finally:
         process.kill_everything()
 
@@ -143,7 +145,7 @@ def test_the_queries_of_the_dashboards_give_points(run: FinishedRun) -> None:
 def test_the_run_trains_on_every_environment(run: FinishedRun) -> None:
     home = run.home
     ledger = check_ledger(home)
-    check_whole_groups(ledger, groups=VERSIONS * 4, samples=4)
+    check_whole_groups(ledger, groups=run.versions * 4, samples=4)
     assert ledger["dead_lettered"] == 0
     published = finished(home)
     trained = defaultdict(list)

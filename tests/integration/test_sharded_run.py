@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes.waiting import LIMIT_S
+from tests.runs.endless import ENDLESS, kill_a_learner, stop_after_two_versions
 from tests.runs.run_process import (
     ROOT,
     RunProcess,
@@ -25,28 +26,27 @@ PACKED = ("--learner.layout=packed", "--model.attention=sdpa", "--learner.activa
 
 
 def test_a_sharded_run_survives_a_rank_and_continues_on_one_rank(tmp_path: Path, starting_model: Path) -> None:
-    toml, home = scripted(tmp_path, starting_model, versions=5), tmp_path / "scripted"
-    run = RunProcess(toml, "--local.learner_ranks=2", *KEPT, *PACKED)
+    toml, home = scripted(tmp_path, starting_model, versions=1), tmp_path / "scripted"
+    run = RunProcess(toml, ENDLESS, "--local.learner_ranks=2", *KEPT, *PACKED)
     try:
         wait_for(lambda: len(history(home)) >= 2, run, name="version 2")
-        learners = run.services()["learner"]
-        assert len(learners) == 2
-        learners[-1].kill()
-        code, output = run.finish()
+        kill_a_learner(run, ranks=2)
+        first = stop_after_two_versions(run, home)
     finally:
         run.kill_everything()
-    assert code == 0, output[-3000:]
     shards = newest_manifest(home)["shards"]
     assert {name.split("_")[2] for name in shards if name.startswith("__")} == {"0", "1"}
 
-    code, output = RunProcess(toml, "--resume", home, "--learner.versions=7", *KEPT, *PACKED).finish()
+    versions = first + 2
+    more = f"--learner.versions={versions}"
+    code, output = RunProcess(toml, "--resume", home, more, *KEPT, *PACKED).finish()
     assert code == 0, output[-3000:]
     assert {name.split("_")[2] for name in newest_manifest(home)["shards"] if name.startswith("__")} == {"0"}
-    assert newest_manifest(home)["optimizer_steps"] >= 5
+    assert newest_manifest(home)["optimizer_steps"] >= first
     ledger = check_ledger(home)
-    check_whole_groups(ledger, groups=7 * 4, samples=4)
+    check_whole_groups(ledger, groups=versions * 4, samples=4)
     lines = history(home)
-    assert len(lines) == 7
+    assert len(lines) == versions
     assert all(line["exact"] and line["skipped"] == 0 for line in lines)
 
     shown = lines_of("store", "show", str(home), "4")
