@@ -38,6 +38,8 @@ class ControlClient:
     """Sends requests to one service."""
 
     def __init__(self, url: str) -> None:
+        """Raises UserError if this is not the URL of a service."""
+        _check(url)
         self.url = url.rstrip("/")
         token = operator_token(os.environ)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -63,6 +65,16 @@ class ControlClient:
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
+
+
+def _check(url: str) -> None:
+    """Raise UserError if requests to this URL cannot be sent."""
+    try:
+        parts = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise UserError(f"{url}: not a URL ({error}); a service has one like http://127.0.0.1:7777") from None
+    if parts.scheme not in ("http", "https") or not parts.host:
+        raise UserError(f"{url}: not the URL of a service, which is one like http://127.0.0.1:7777")
 
 
 def url_in(folder: Path, service: str) -> str:

@@ -17,6 +17,7 @@ from palimpsest.common.control.desk import ControlDesk
 from palimpsest.common.service import Server, application
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
+from palimpsest.control_client import ControlClient
 from palimpsest.control_command import COMMANDS, command, parse_settings
 from palimpsest.services.learner.control.routes import RULES, control_routes
 from palimpsest.services.learner.control.run_control import RunControl
@@ -187,3 +188,9 @@ def test_every_command_has_its_usage(name: str, capsys: pytest.CaptureFixture[st
 def test_a_learner_that_starts_has_a_status() -> None:
     body = {"service": "learner", "waiting_for": "the log to be opened", "outages": [], "starting": True}
     assert control_text.status(body) == "learner: waits for the log to be opened"
+
+
+@pytest.mark.parametrize("url", ["http://x:y:z", "ftp://127.0.0.1", "http://", "127.0.0.1:7777"])
+def test_an_address_that_is_no_url_of_a_service_is_named(url: str) -> None:
+    with pytest.raises(UserError, match=f"^{url}: not (a|the) URL.*like http://127.0.0.1:7777$"):
+        ControlClient(url)
