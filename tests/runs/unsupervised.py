@@ -52,12 +52,12 @@ class Services:
         self.ports[name] = ports.free()
         return self.start(name, "learner", f"--learner.port={self.ports[name]}", KEEP_ALL, *flags, fault=fault)
 
-    def ranks(self, name: str, count: int, *, fault: str = "") -> Process:
+    def ranks(self, name: str, count: int, *flags: str, fault: str = "") -> Process:
         """Start a learner of several ranks under torchrun."""
         self.ports[name] = ports.free()
         launcher = ("-m", "palimpsest.services.learner.torchrun", "--standalone", f"--nproc-per-node={count}")
-        flags = (f"--learner.port={self.ports[name]}", KEEP_ALL)
-        return self.start(name, "learner", *flags, fault=fault, launcher=launcher)
+        own = (f"--learner.port={self.ports[name]}", KEEP_ALL)
+        return self.start(name, "learner", *own, *flags, fault=fault, launcher=launcher)
 
     def nodes(self, names: Sequence[str], flags: Mapping[str, Sequence[str]] = MappingProxyType({})) -> None:
         """Start a learner of one rank a node, with the launcher's arguments that the chart renders.
