@@ -234,6 +234,8 @@ class VllmEngine:
 
     async def close(self) -> None:
         if self._llm is not None:
+            if self._llm.output_handler is not None and self._llm.output_handler.cancel():
+                await asyncio.wait({self._llm.output_handler})  # otherwise it logs the end of its engine as an error
             await asyncio.to_thread(self._llm.shutdown)
             self._llm = None
             await asyncio.sleep(0)  # its tasks end
