@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.common import logs
+from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.metrics import REGISTRY
 from palimpsest.common.service import Starting, Stop
@@ -147,6 +148,7 @@ class InstrumentedRoute:
     def __init__(self, inner: Route, timer: VersionTimer, turns: "Turns") -> None:
         self._inner, self._timer, self._turns = inner, timer, turns
         self.start, self.release, self.close = inner.start, inner.release, inner.close
+        self.take_turn, self.cut_now = inner.take_turn, inner.cut_now
 
     def work(self, now: Version, digest: str) -> int:
         """See Route."""
@@ -243,11 +245,11 @@ def learn(config: RunConfig, pipe: Connection) -> None:
         turns.tensor_bytes = lambda: tensor_bytes(policy, scores)
         instrument_source(stack, state, timer)
         stack.enter_context(patch.object(coordinator, "ScoreStore", lambda: scores))
-        stack.enter_context(
-            patch.object(
-                coordinator, "route", lambda config, **parts: InstrumentedRoute(route(config, **parts), timer, turns)
-            )
-        )
+
+        def timed_route(config: LearnerConfig, **parts: Any) -> Route:
+            return InstrumentedRoute(route(config, **parts), timer, turns)
+
+        stack.enter_context(patch.object(coordinator, "route", timed_route))
         publish = Publisher.publish
 
         def timed(publisher: Publisher, version: Version, *, now: float, **options: Any) -> Manifest:
