@@ -147,9 +147,9 @@ def test_a_header_that_a_server_may_read_as_two_is_refused(headers: str) -> None
 def test_the_server_of_an_mcp_adapter_gets_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package passes no variables of the process on."""
     config = AdapterConfig(kind="mcp", command=("server", "--fast"), tasks="m:C")
-    assert McpTools(config.model_dump_json())._target().env == {}
+    assert McpTools(config.model_dump_json())._target("").env == {}
     monkeypatch.setitem(client._variables, "https_proxy", "http://127.0.0.1:1")
-    target = McpTools(config.model_dump_json())._target()
+    target = McpTools(config.model_dump_json())._target("")
     assert (target.command, target.args, target.env) == ("server", ["--fast"], {"https_proxy": "http://127.0.0.1:1"})
 
 
