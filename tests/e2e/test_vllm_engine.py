@@ -136,6 +136,14 @@ async def updates_in_flight(engine: VllmEngine, model: Model, tmp_path: Path) ->
         before, after, _ = await cut(engine, model, 4, tmp_path)
     assert before < MEAN
     assert after > 2 * MEAN, "the errors do not show the stale prefix cache"
+    before, after, _ = await cut(engine, model, 5, tmp_path, sleep=True)
+    assert max(before, after) < MEAN
+    await engine.pause()
+    await engine.sleep()
+    await engine.sleep()
+    await engine.resume()  # as after a released cut: the version stays
+    _, sampled = await sample(engine, "released", length=8)
+    assert [(s.version, s.start, s.stop) for s in sampled.spans] == [(5, 0, 8)]
 
 
 async def kept(**_: object) -> bool:
@@ -162,14 +170,19 @@ async def paused_in_the_middle(engine: VllmEngine, lengths: dict[str, int]) -> L
         await asyncio.gather(*live.values())
 
 
-async def cut(engine: VllmEngine, model: Model, version: int, folder: Path) -> tuple[float, float, float]:
+async def cut(
+    engine: VllmEngine, model: Model, version: int, folder: Path, *, sleep: bool = False
+) -> tuple[float, float, float]:
     """Update 32 running requests to `version`. Returns mean errors: before and after the cut, with swapped versions.
 
-    `model` holds the previous version before the call and this one after it.
+    `model` holds the previous version before the call and this one after it. sleep: as if the learner needed the
+    memory; the CPU engine takes the same steps as one on a GPU, but keeps its memory.
     """
     previous = copy.deepcopy(model)
     perturb(model, by=STEP, seed=version)
     live = await paused_in_the_middle(engine, {f"v{version}live{i}": 200 for i in range(32)})
+    if sleep:
+        await engine.sleep()
     await engine.load(stored(model, version, folder))
     await engine.resume()
     ended = await asyncio.gather(*live.values())
