@@ -161,14 +161,9 @@ class StoredVersions:
 
     def add(self, manifest: Manifest, sealed: bytes, bodies: Mapping[str, bytes]) -> None:
         """Store a version: its objects first. The store's service sees it at its next start. bodies: by digest."""
-
-        async def chunks(body: bytes) -> AsyncIterator[bytes]:
-            yield body
-
         with self.user_errors():
             for each in manifest.objects:
-                body = chunks(bodies[each.digest])
-                self._runner.run(self._storage.put(f"objects/{each.digest}", body, digest=each.digest))
+                self._put_object(each.digest, bodies[each.digest])
             self._runner.run(self._storage.create(f"versions/{manifest.version:08d}.json", sealed))
 
     def restore(self, manifest: Manifest, bodies: Mapping[str, bytes]) -> bool:
@@ -176,18 +171,19 @@ class StoredVersions:
 
         bodies: by digest; objects without a body stay as they are.
         """
-
-        async def chunks(body: bytes) -> AsyncIterator[bytes]:
-            yield body
-
         restored = False
         with self.user_errors():
             for digest in {each.digest for each in manifest.objects} & bodies.keys():
-                key = f"objects/{digest}"
-                if self._runner.run(self._storage.read(key)) != bodies[digest]:
-                    self._runner.run(self._storage.put(key, chunks(bodies[digest]), digest=digest))
+                if self._runner.run(self._storage.read(f"objects/{digest}")) != bodies[digest]:
+                    self._put_object(digest, bodies[digest])
                     restored = True
         return restored
+
+    def _put_object(self, digest: str, body: bytes) -> None:
+        async def chunks() -> AsyncIterator[bytes]:
+            yield body
+
+        self._runner.run(self._storage.put(f"objects/{digest}", chunks(), digest=digest))
 
     @contextmanager
     def user_errors(self, what: str = "") -> Iterator[None]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from palimpsest.common.config.engines import VllmEngineConfig
-from palimpsest.common.model_limits import EXPERT_KEYS
+from palimpsest.common.model_limits import mixture_key
 from palimpsest.plan.causes import GIB
 from palimpsest.plan.gpus import Gpus
 
@@ -42,7 +42,8 @@ def engine_memory(engine: VllmEngineConfig, weights: int, text_config: Mapping[s
 
 def _experts(config: Mapping[str, Any]) -> int:
     """Number of experts of a layer; 0 if the configuration does not tell."""
-    return next((int(config[key]) for key in EXPERT_KEYS if config.get(key)), 0)
+    key = mixture_key(config)
+    return 0 if key is None else int(config[key])
 
 
 def _token(config: Mapping[str, Any], width: int) -> int:

@@ -9,10 +9,10 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from palimpsest.common.environments.message_tool import MESSAGE_TOOL
 from palimpsest.common.environments.port import Environment, Score, ToolCall, Turn
 from palimpsest.common.sessions.output_validation import check_opening, check_outcome, check_score
 
-MESSAGE_TOOL = "send_message"
 OVER, FAILED = "The task is over.", "The environment failed."
 TYPES: Mapping[str, Any] = {
     "string": str, "integer": int, "number": float, "boolean": bool, "array": list, "object": dict, "null": None,

@@ -11,13 +11,11 @@ from typing import Any, ClassVar
 
 from palimpsest.common.config.env_gateway import AdapterConfig
 from palimpsest.common.environments.authoring.state_hash import hash_of
+from palimpsest.common.environments.message_tool import MESSAGE_ARGUMENT, MESSAGE_TOOL
 from palimpsest.common.environments.port import Message, Opening, Outcome, Reply, Score, Turn
 from palimpsest.common.sessions.output_validation import check_opening
 
 NO_TOOLS = "this environment has no tools: write the next action as text"
-MESSAGE_TOOL = "send_message"
-MESSAGE_ARGUMENT = "text"
-"""The tool, and its only argument, that takes a message without a tool call where a protocol has tools alone."""
 
 
 class AdapterUnusable(Exception):

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from palimpsest.common.environments.authoring.state_hash import hash_of
+from palimpsest.common.environments.message_tool import MESSAGE_ARGUMENT, MESSAGE_TOOL
 from palimpsest.common.environments.port import Message, Opening, Outcome, Reply, Score, Turn
 from palimpsest.services.env_gateway.adapters.adapter import (
-    MESSAGE_ARGUMENT,
-    MESSAGE_TOOL,
     NO_TOOLS,
     AdapterEnvironment,
     AdapterUnusable,

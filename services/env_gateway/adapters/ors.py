@@ -12,10 +12,9 @@ from typing import Any
 import httpx
 
 from palimpsest.common.environments.authoring.state_hash import hash_of
+from palimpsest.common.environments.message_tool import MESSAGE_ARGUMENT, MESSAGE_TOOL
 from palimpsest.common.environments.port import Message, Opening, Outcome, Reply, Score, Turn
 from palimpsest.services.env_gateway.adapters.adapter import (
-    MESSAGE_ARGUMENT,
-    MESSAGE_TOOL,
     AdapterEnvironment,
     AdapterUnusable,
     function_schema,

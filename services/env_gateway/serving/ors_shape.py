@@ -14,8 +14,9 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from palimpsest.common.environments.message_tool import MESSAGE_TOOL
 from palimpsest.common.sessions.sessions import Sessions
-from palimpsest.services.env_gateway.serving.served_session import MESSAGE_TOOL, ServedSession, ServedSessionFailed
+from palimpsest.services.env_gateway.serving.served_session import ServedSession, ServedSessionFailed
 
 HEADER = "x-session-id"
 KEPT_CALLS = 32

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from palimpsest.common.control.errors import HttpError
+from palimpsest.common.environments.message_tool import MESSAGE_ARGUMENT, MESSAGE_TOOL
 from palimpsest.common.environments.port import tool
 from palimpsest.common.sessions.sessions import Sessions
 from palimpsest.common.sessions.wire import (
@@ -22,7 +23,6 @@ from palimpsest.common.sessions.wire import (
     ToolCallsAction,
 )
 
-MESSAGE_TOOL = "send_message"
 OVER = "The task is over."
 
 
@@ -136,7 +136,7 @@ class ServedSession:
 _MESSAGE = Tool(
     MESSAGE_TOOL,
     "Send a message without a tool call: the final answer, or an answer to the user.",
-    tool(MESSAGE_TOOL, "", text="The message.")["function"]["parameters"],
+    tool(MESSAGE_TOOL, "", **{MESSAGE_ARGUMENT: "The message."})["function"]["parameters"],
 )
 
 
