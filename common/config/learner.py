@@ -182,11 +182,6 @@ class LearnerConfig(Service):
                 f'context_parallel = {self.context_parallel} needs sharding = "full" and layout = "packed", not '
                 f'"{self.sharding}" and "{self.layout}": set them, or set context_parallel = 1'
             )
-        if self.context_parallel > 1 and self.proximal.kind in AVERAGES:
-            raise ValueError(
-                f'proximal.kind = "{self.proximal.kind}" was not tried with context_parallel = '
-                f"{self.context_parallel}: set context_parallel = 1, or another kind"
-            )
         if self.routing_replay == "learner" and not (
             isinstance(self.proximal, SnapshotProximal) and not self.proximal.prefetch
         ):

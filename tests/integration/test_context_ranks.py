@@ -10,6 +10,7 @@ import torch
 
 from palimpsest.services.learner.batch.batching import FREE
 from tests.learner_parts import families
+from tests.processes.context_averages import AVERAGED
 from tests.processes.context_beside import BESIDE, MINIBATCHES
 from tests.processes.context_on_ranks import CASES, EXPERTS, FORWARD
 from tests.processes.waiting import LIMIT_S
@@ -39,7 +40,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     assert done.returncode == 0, done.stdout[-4000:]
     return {
         name: [torch.load(folder / f"{name} {rank}.pt", weights_only=False) for rank in range(request.param)]
-        for name in ("attention", *CASES, EXPERTS, *BESIDE)
+        for name in ("attention", *CASES, EXPERTS, *BESIDE, *AVERAGED)
     }
 
 
@@ -141,6 +142,22 @@ def test_policy_and_critic_are_trained_as_on_whole_rows(saved: Any, case: str, p
         for own, expected, same in zip(shared["masters"][part], alone["masters"][part], first, strict=True):
             assert torch.allclose(own, expected, rtol=1e-3, atol=4e-4)
             assert torch.equal(own, same)
+
+
+@pytest.mark.parametrize("kind", AVERAGED)
+def test_the_average_scores_rows_that_ranks_share(saved: Any, kind: str) -> None:
+    first = saved[kind][0]["shared"]["scores"]
+    for rank in saved[kind]:
+        shared, alone = rank["shared"], rank["alone"]
+        assert len(shared["means"]) == len(alone["means"]) > 0
+        assert all(map(torch.equal, shared["means"], alone["means"]))
+        assert shared["gauges"] == alone["gauges"] == saved[kind][0]["shared"]["gauges"]
+        for own, expected, same in zip(shared["scores"], alone["scores"], first, strict=True):
+            assert torch.allclose(own, expected, atol=ROUNDING)
+            assert torch.equal(own, same)
+        if kind != "a guarded reset":  # its average is the version before the newest
+            assert not torch.allclose(shared["scores"][0], shared["newest"], atol=4 * ROUNDING)
+        assert torch.allclose(shared["newest"], alone["newest"], atol=ROUNDING)
 
 
 def test_ranks_that_share_rows_have_the_same_values(saved: Any) -> None:

@@ -35,6 +35,7 @@ from palimpsest.services.learner.old_logprobs.passes import BatchScores
 from palimpsest.services.learner.sharding.load import ModelFiles
 from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy
 from tests.learner_parts.routes import routes_of
+from tests.processes.context_averages import AVERAGED, averages
 from tests.processes.context_beside import BESIDE, beside
 from tests.processes.shard_on_ranks import OPTIMIZER, own_scores, results, scores
 from tests.processes.sharded_versions import canaries, walked
@@ -81,6 +82,8 @@ def main(folders: dict[str, str], experts: str, folder: Path) -> None:
     torch.save(replayed_experts(files, experts, ranks), folder / f"{EXPERTS} {ranks.rank}.pt")
     for case in BESIDE:
         torch.save(beside(case, folders["Qwen3"], mesh, ranks, one_rank()), folder / f"{case} {ranks.rank}.pt")
+    for kind in AVERAGED:
+        torch.save(averages(kind, folders["Qwen3"], mesh, ranks), folder / f"{kind} {ranks.rank}.pt")
     ranks.close()
 
 

@@ -10,12 +10,14 @@ from tests.unit.plan.shapes import PARAMETERS
 
 def test_shards_of_an_average_are_counted_once_over_the_ranks(run_file: Path) -> None:
     words = [str(run_file), "--gpus", "4x80", "--json", "--learner.proximal.kind=ewma_prox", "--local.learner_ranks=4"]
-    alone, split = (
-        json.loads(run_command([*words, f"--learner.sharding={value}"])[0])["learner"]["held"]
-        for value in ("none", "full")
+    shared_rows = ("--learner.context_parallel=2", "--learner.layout=packed", "--model.attention=sdpa")
+    alone, split, shared = (
+        json.loads(run_command([*words, f"--learner.sharding={value}", *more])[0])["learner"]
+        for value, more in (("none", ()), ("full", ()), ("full", shared_rows))
     )
     for name in ("average of the weights, float32", "average in the model's type"):
-        assert split[name] == -(-alone[name] // 4)
+        assert split["held"][name] == shared["held"][name] == -(-alone["held"][name] // 4)
+    assert "keys and values of the ranks that share rows" in shared["moments"]["old log-probs"]
 
 
 def test_a_sharded_rank_holds_its_share_and_gathers_blocks(run_file: Path) -> None:
