@@ -20,8 +20,9 @@ ROW = "sampling.max_trajectory_tokens"
 SCORING, TRAINING, STEP = "old log-probs", "training pass", "optimizer step"
 RESULTS = "minibatch: log-probs, weights and masks"
 AVERAGE, BASELINE = "average of the weights, float32", "gradients of the baseline, float32"
-BLOCKS_GATHERED = 2
-"""Blocks whose weights are gathered at one time: the one that computes, and the next one."""
+BLOCKS_GATHERED = {True: 3, False: 2}
+"""On a GPU and on a CPU: bf16 weights of blocks that FSDP2 holds at one time. The block that computes, and the received
+bytes of it or of the next one; on a GPU of both, because these are in the memory of another stream, which keeps it."""
 FLOAT32_BLOCKS = 3
 """Blocks of float32 logits that are live at one time in services/learner/model/logprobs.py."""
 
@@ -160,7 +161,7 @@ def _moments(
     chunk = ("learner.logprob_chunk_tokens",)
     logits = Cause("float32 logits of a GPU's larger blocks", _larger_blocks(rehearsed, shape) if gpu else 0, chunk)
     more = (logits,) if logits.size else ()
-    gathered = _gathered_weights(rehearsed) if config.sharding != "none" else ()
+    gathered = _gathered_weights(rehearsed, BLOCKS_GATHERED[gpu]) if config.sharding != "none" else ()
     gathered = gathered[:1] if config.lora.rank else gathered  # frozen weights have no gradients
     training = (
         Cause("activations kept for the backward pass", rehearsed.kept, kept_keys),
@@ -181,12 +182,13 @@ def _moments(
     ]
 
 
-def _gathered_weights(rehearsed: Rehearsed) -> tuple[Cause, ...]:
-    """What a rank gathers for its passes, and the float32 gradients that it sends to the other ranks."""
+def _gathered_weights(rehearsed: Rehearsed, blocks: int) -> tuple[Cause, ...]:
+    """What a rank gathers for its passes, the gradients that wait until those of the block, or of the weights outside
+    the blocks, are complete, and those that it sends to the other ranks."""
     model = rehearsed.model
-    weights = BFLOAT16 * (model.outside + BLOCKS_GATHERED * model.largest_block)
     return (
-        Cause("weights gathered from the ranks, bf16", weights),
+        Cause("weights gathered from the ranks, bf16", BFLOAT16 * (model.outside + blocks * model.largest_block)),
+        Cause("gradients that wait to be sent, bf16", BFLOAT16 * (model.outside + model.largest_block)),
         Cause("gradients sent to the ranks, float32", FLOAT32 * max(model.outside, model.largest_block)),
     )
 

@@ -35,7 +35,8 @@ def test_a_sharded_rank_holds_its_share_and_gathers_blocks(run_file: Path) -> No
     outside = 512 * 64 + 64
     block = (PARAMETERS - outside) // 2
     training = learner["moments"]["training pass"]
-    assert training["weights gathered from the ranks, bf16"] == 2 * (outside + 2 * block)
+    assert training["weights gathered from the ranks, bf16"] == 2 * (outside + 3 * block)
+    assert training["gradients that wait to be sent, bf16"] == 2 * (outside + block)
     assert training["gradients sent to the ranks, float32"] == 4 * max(outside, block)
     assert set(learner["moments"]["optimizer step"]) == {"denominators of AdamW, float32", RESULTS}
 
@@ -67,7 +68,7 @@ def test_a_sharded_rank_holds_its_share_of_the_base_for_each_model_and_all_of_th
     assert alone["held"]["critic with its optimizer"] == 18 * adapter
     training = split["moments"]["training pass"]
     outside = 512 * 64 + 64
-    assert training["weights gathered from the ranks, bf16"] == 2 * (outside + (PARAMETERS - outside))
+    assert training["weights gathered from the ranks, bf16"] == 2 * (outside + 3 * (PARAMETERS - outside) // 2)
     assert "gradients sent to the ranks, float32" not in training
     assert split["moments"]["optimizer step"] == alone["moments"]["optimizer step"]
 
