@@ -175,8 +175,6 @@ class LearnerConfig(Service):
                 f'"{self.advantages.kind}" has no token rewards: choose one of {", ".join(TOKEN_LEVEL)}, or set '
                 f'loss.kl.place = "loss"'
             )
-        if self.sharding != "none":
-            self._refuse_with_sharding()
         if self.context_parallel > 1 and (self.sharding != "full" or self.layout != "packed"):
             raise ValueError(
                 f'context_parallel = {self.context_parallel} needs sharding = "full" and layout = "packed", not '
@@ -201,11 +199,3 @@ class LearnerConfig(Service):
                 f'"{kind}" is exact: set audit.fraction to 0'
             )
         return self
-
-    def _refuse_with_sharding(self) -> None:
-        """Raise ValueError for what needs a whole model on each rank."""
-        if self.vcpo.baseline:
-            raise ValueError(
-                f'sharding = "{self.sharding}" does not support it: vcpo.baseline takes the gradient of each '
-                f'trajectory. Change it, or set sharding = "none"'
-            )

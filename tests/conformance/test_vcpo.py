@@ -205,17 +205,20 @@ class Measured:
     def gradients(self) -> list[Tensor]:
         return [self.gradient]
 
+    def squared_norm(self) -> float:
+        return float(self.gradient.double().square().sum())
+
 
 def settled(gradients: list[list[float]], rewards: list[float]) -> tuple[float, Tensor]:
     """Baseline and gradient for trajectories with these gradients, which include the weights."""
     model = Measured()
-    least = MinimumVarianceBaseline(model)  # type: ignore[arg-type]
+    least = MinimumVarianceBaseline(model, ProcessGroup())  # type: ignore[arg-type]
     for gradient, reward in zip(gradients, rewards, strict=True):
         model.gradient.copy_(torch.tensor(gradient))
         least.add(reward)
         assert not model.gradient.any()
-    baseline = least.end_group(ProcessGroup())
-    least.settle(ProcessGroup())
+    baseline = least.end_group()
+    least.settle()
     return baseline, model.gradient
 
 
@@ -225,7 +228,7 @@ def test_each_group_has_its_own_baseline() -> None:
     rewards = [(generator.random(64) < p).astype(float) for p in (0.05, 0.95)]
     gradients = [generator.normal(0, 1, (64, 2)) for _ in rewards]
     model = Measured()
-    least = MinimumVarianceBaseline(model)  # type: ignore[arg-type]
+    least = MinimumVarianceBaseline(model, ProcessGroup())  # type: ignore[arg-type]
     expected, apart, common = np.zeros(2), 0.0, 0.0
     norms = [(g**2).sum(1) for g in gradients]
     of_all = oracle.baseline(np.ones(128), np.concatenate(norms), np.concatenate(rewards))
@@ -234,11 +237,11 @@ def test_each_group_has_its_own_baseline() -> None:
             model.gradient.copy_(torch.tensor(gradient))
             least.add(float(reward))
         best = oracle.baseline(np.ones(64), group_norms, group_rewards)
-        assert least.end_group(ProcessGroup()) == pytest.approx(best, rel=1e-5)
+        assert least.end_group() == pytest.approx(best, rel=1e-5)
         expected += oracle.estimator(np.ones(64), group_gradients, group_rewards, best).sum(0)
         apart += oracle.variance(np.ones(64), group_gradients, group_rewards, best)
         common += oracle.variance(np.ones(64), group_gradients, group_rewards, of_all)
-    least.settle(ProcessGroup())
+    least.settle()
     assert model.gradient.tolist() == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-4)
     assert apart < common / 3
 

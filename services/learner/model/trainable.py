@@ -45,6 +45,10 @@ class TrainablePolicy:
         """Replace the gradients by their sums over the ranks. All ranks must call it."""
         ranks.all_reduce_sum(self.gradients())
 
+    def squared_norm(self) -> float:
+        """Return the square of the norm of all gradients that this rank holds, added in float64."""
+        return sum(float(gradient.double().square().sum()) for gradient in self.gradients())
+
     def discard_gradients(self) -> None:
         """Set all gradients to zero. Weights, moments, schedule and step count do not change."""
         for parameter in self._computing:

@@ -57,19 +57,23 @@ class ShardedPolicy(TrainablePolicy):
         if own := self._gradients(split=False):
             ranks.all_reduce_sum(own)
 
+    def squared_norm(self) -> float:
+        """Return the square of the norm of the whole gradient. All ranks must call it.
+
+        Each rank adds up the squares of its shards in float64, and all ranks add the sums in rank order, so the result
+        has the same bits on every rank and in every run with as many ranks.
+        """
+        own, whole = (_squares(self._gradients(split=split)) for split in (True, False))
+        return math.fsum(self._ranks.all_gather_object(own)) / self._copies + whole
+
     def discard_gradients(self) -> None:
         """See TrainablePolicy."""
         for gradient in self.gradients():
             gradient.zero_()
 
     def _clip(self) -> float:
-        """Scale the gradients down to the maximum norm; return the norm before.
-
-        Each rank adds up the squares of its shards in float64, and all ranks add the sums in rank order, so the norm
-        has the same bits on every rank and in every run with as many ranks.
-        """
-        own, whole = (_squares(self._gradients(split=split)) for split in (True, False))
-        norm = math.sqrt(math.fsum(self._ranks.all_gather_object(own)) / self._copies + whole)
+        """Scale the gradients down to the maximum norm; return the norm before."""
+        norm = math.sqrt(self.squared_norm())
         scale = min(1.0, self._config.max_grad_norm / (norm + NORM_EPSILON))
         if scale < 1.0:
             torch._foreach_mul_(self.gradients(), scale)

@@ -32,7 +32,7 @@ from palimpsest.services.learner.sharding.sharded_model import device_of
 from palimpsest.services.learner.sharding.turns import NotFinite, Turns
 from palimpsest.services.learner.training.accumulators import MicroBatchPass, StepAccumulator
 from palimpsest.services.learner.training.critic_passes import CriticPasses
-from palimpsest.services.learner.training.min_variance_baseline import MinimumVarianceBaseline
+from palimpsest.services.learner.training.min_variance_baseline import MinimumVarianceBaseline, rows_in_turn
 from palimpsest.services.learner.training.preparation import VersionInputs
 from palimpsest.services.learner.training.row_guard import RowGuard
 from palimpsest.services.learner.training.state import TrainingState
@@ -74,13 +74,12 @@ class Passes:
         places: of the micro-batches in the version; minibatch: rows of all ranks.
         """
         denominators = Denominators.of([row.trainable for row in minibatch], self._objective.length)
-        groups = sorted({row.group for row in minibatch}) if self._config.vcpo.baseline else []
         before, looked = deepcopy(sums), False
         while True:
             bounds = self._limits(version, places)
             if self._config.loss.objective == "m2po":
                 sums.taus.append(self._tau(version, places, bounds))
-            passes, failed = self._attempt(version, places, groups, denominators, bounds, sums, look=not looked)
+            passes, failed = self._attempt(version, places, minibatch, denominators, bounds, sums, look=not looked)
             gathered = self._ranks.all_gather_object((sum(one.usable for one in passes), _kind(failed)))
             if not any(kind for _, kind in gathered):
                 return Passed(passes, bounds, usable=any(usable for usable, _ in gathered))
@@ -103,7 +102,7 @@ class Passes:
         self,
         version: VersionInputs,
         places: range,
-        groups: Sequence[str],
+        minibatch: Sequence[Row],
         denominators: Denominators,
         bounds: Limits,
         sums: StepAccumulator,
@@ -116,7 +115,7 @@ class Passes:
         ranks, the passes after one that fails are made, too.
         """
         if self._config.vcpo.baseline:
-            return self._passes_with_baseline(version, places, groups, denominators, bounds, sums), None
+            return self._passes_with_baseline(version, places, minibatch, denominators, bounds, sums), None
         passes: list[MicroBatchPass] = []
         failed: Exception | None = None
         for place in places:
@@ -153,11 +152,9 @@ class Passes:
         self.discard()
         trainable = sum(int(version.batches[place].mask.any(-1).sum()) for place in places)
         number = sum(map(len, found.values()))
-        if isinstance(error, NotFinite) and number == trainable:
-            return  # a broken model or loss explains this better than the rows do
+        if isinstance(error, NotFinite) and number in (0, trainable):
+            return  # the sum alone overflows, or a broken model or loss explains this better than the rows do
         if not number:
-            if isinstance(error, NotFinite):
-                return  # the sum alone overflows
             raise error
         for place, reasons in found.items():
             if reasons:
@@ -257,41 +254,44 @@ class Passes:
         self,
         version: VersionInputs,
         places: range,
-        groups: Sequence[str],
+        minibatch: Sequence[Row],
         denominators: Denominators,
         bounds: Limits,
         sums: StepAccumulator,
     ) -> list[MicroBatchPass]:
         """One pass for each trajectory, with the minimum-variance baseline of each group."""
-        baseline = MinimumVarianceBaseline(self._policy)
+        baseline = MinimumVarianceBaseline(self._policy, self._ranks)
+        rows = [row for row, _ in rows_in_turn(minibatch, self._ranks)]
         passes = []
-        for group in groups:
+        for group in sorted({row.group for row in minibatch}):
             of_group = []
-            for place in (place for place in places if version.batches[place].rows[0].group == group):
-                of_group.append(self._single(version, place, denominators, bounds, sums))
-                baseline.add(version.batches[place].rows[0].reward)
-            sums.baselines.append(baseline.end_group(self._ranks))
-            for one in of_group:
-                one.advantages = torch.full_like(one.advantages, one.batch.rows[0].reward - sums.baselines[-1])
-            passes += of_group
-        baseline.settle(self._ranks)
+            for place, row in zip(places, rows, strict=True):
+                if row.group == group:
+                    of_group.append((self._single(version, place, denominators, bounds, sums), row.reward))
+                    baseline.add(row.reward)
+            sums.baselines.append(baseline.end_group())
+            for one, reward in of_group:
+                one.advantages = torch.full_like(one.advantages, reward - sums.baselines[-1])
+                passes.append(one)
+        baseline.settle()
         return passes
 
     def _single(
         self, version: VersionInputs, place: int, denominators: Denominators, bounds: Limits, sums: StepAccumulator
     ) -> MicroBatchPass:
         """Pass of a micro-batch of one row while no other gradient is accumulated. Repeated with zeros if it fails."""
+        failed: Exception | None = None
         try:
-            return self._pass(version, place, denominators, bounds, sums)
+            passed = self._pass(version, place, denominators, bounds, sums)
         except Exception as error:
             if not may_be_of_row(error):
                 raise
-            self.discard()
-            turns = Turns(self._ranks, idle=lambda: None, is_finite=self._is_finite)
-            found = self._failing_rows(version, place, denominators, bounds, sums, turns)
-            if not found:
-                raise
-            self._guard.take_out(version.batches, place, found)
+            failed = error
+        kinds = self._ranks.all_gather_object(_kind(failed)) if self._ranks.equal_passes else [_kind(failed)]
+        if not any(kinds):
+            return passed
+        self.discard()
+        self._take_out(failed or NotFinite(), version, range(place, place + 1), denominators, bounds, sums)
         return self._pass(version, place, denominators, bounds, sums)
 
     def _inputs(

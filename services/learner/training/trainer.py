@@ -33,6 +33,7 @@ from palimpsest.services.learner.sharding.sharded_model import device_of
 from palimpsest.services.learner.timing import PhaseTimer
 from palimpsest.services.learner.training.accumulators import MicroBatchPass, StepAccumulator, TokenTotals
 from palimpsest.services.learner.training.host_memory import HeapTrimmer
+from palimpsest.services.learner.training.min_variance_baseline import rows_in_turn
 from palimpsest.services.learner.training.passes import Passes
 from palimpsest.services.learner.training.preparation import VersionInputs, prepare_batch
 from palimpsest.services.learner.training.results import MicroBatchResult, StepResult
@@ -155,11 +156,10 @@ class Trainer:
 
     def _micro_batches(self, minibatch: Sequence[Row]) -> list[PaddedBatch]:
         """This rank's share of a minibatch."""
+        if self._config.vcpo.baseline:  # one trajectory for each pass, group after group
+            return [pad([row]) if own else empty_batch() for row, own in rows_in_turn(minibatch, self._ranks)]
         shares = partition_by_rank(minibatch, self._ranks.shares)
         share = shares[self._ranks.share]
-        if self._config.vcpo.baseline:  # one trajectory for each pass, group after group
-            share = sorted(share, key=lambda row: (row.group, len(row.tokens), row.trajectory))
-            return [pad([row]) for row in share]
         split = partial(
             micro_batches, max_tokens=self._config.micro_batch_tokens, packed=packs_rows(self._policy.model)
         )

@@ -324,18 +324,11 @@ def test_a_starting_adapter_needs_a_rank(run: Path) -> None:
     assert 'start = "first" needs a rank' in refused(run, "--learner.lora.start=first")
 
 
-@pytest.mark.parametrize(
-    ("flag", "reason"),
-    [
-        ("vcpo.baseline=true", "vcpo.baseline takes the gradient of each trajectory"),
-    ],
-)
-def test_what_needs_a_whole_model_is_refused_with_sharding(run: Path, flag: str, reason: str) -> None:
-    flags = [f"--learner.{flag}", *(["--learner.loss.objective=policy_gradient"] if flag.startswith("vcpo") else [])]
-    loaded(run, *flags)
+def test_what_sharding_supports_is_accepted(run: Path) -> None:
+    baseline = ("--learner.vcpo.baseline=true", "--learner.loss.objective=policy_gradient")
+    for sharding in ("full", "hybrid"):
+        loaded(run, f"--learner.sharding={sharding}", *baseline)
     loaded(run, "--learner.sharding=full", "--learner.lora.rank=4", "--learner.publishing=background")
-    message = refused(run, "--learner.sharding=full", *flags)
-    assert f'sharding = "full" does not support it: {reason}' in message
 
 
 def test_ranks_share_rows_only_where_they_compute_what_one_rank_would(run: Path) -> None:
