@@ -124,8 +124,7 @@ class VllmEngine:
     async def generate(
         self, prompt: Sequence[int], *, request: str, temperature: float, max_tokens: int, stop: Sequence[int]
     ) -> SampledTokens:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         sampling = SamplingParams(
             temperature=temperature,
@@ -136,6 +135,7 @@ class VllmEngine:
             ignore_eos=True,  # stop tokens say where a message ends
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,  # of this request alone; a deep copy costs as much as the rest of the request
         )
         return to_sampled_tokens(await self._final(prompt, sampling, request))
 
@@ -218,8 +218,7 @@ class VllmEngine:
         await self._run_step("resume", self._running.resume_generation())
 
     async def score(self, tokens: Sequence[int]) -> list[float]:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         self._scored += 1
         sampling = SamplingParams(
@@ -228,6 +227,7 @@ class VllmEngine:
             prompt_logprobs=0,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,  # of this request alone; a deep copy costs as much as the rest of the request
         )
         output = await self._run_step("scoring", self._final(tokens, sampling, f"score-{self._scored}"))
         return [by_token[token].logprob for token, by_token in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)]
@@ -244,9 +244,9 @@ class VllmEngine:
     async def _final(self, prompt: Sequence[int], sampling: Any, request: str) -> Any:
         llm = self._running
         try:
-            waiting = await llm.add_request(
-                request, {"prompt_token_ids": list(prompt)}, sampling, lora_request=self._lora
-            )
+            # An input with a type is rendered: vLLM hands others to a thread, for a tokenizer that has nothing to do.
+            rendered = {"type": "token", "prompt_token_ids": list(prompt)}
+            waiting = await llm.add_request(request, rendered, sampling, lora_request=self._lora)
             self._waiting[request] = waiting
             output = await waiting.get()
         except asyncio.CancelledError:
