@@ -1,6 +1,5 @@
 """Samples one trajectory: start a session, alternate model messages and environment steps, build the record."""
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -27,7 +26,7 @@ from palimpsest.services.rollout.agents.runner import AgentRunner
 from palimpsest.services.rollout.agents.session import AgentSession
 from palimpsest.services.rollout.chat_renderer import ChatRenderer, RenderFailed
 from palimpsest.services.rollout.engine.port import Engine, EngineFailed, SampledTokens
-from palimpsest.services.rollout.lease_renewal import Sleep, with_renewals
+from palimpsest.services.rollout.lease_renewal import Later, call_later, with_renewals
 from palimpsest.services.rollout.trajectory_builder import InFlightTrajectory, TrajectoryBuilder
 
 Ended = TrajectoryFinished | TrajectoryDropped
@@ -59,8 +58,8 @@ class TrajectorySampler:
     """The engine's request ids of the messages in flight."""
     agents: AgentRunner | None = None
     """Plays the tasks of agent programs."""
-    sleep: Sleep = asyncio.sleep
-    """Waits for a number of seconds, between two renewals of a session's lease."""
+    later: Later = call_later
+    """Makes the next renewal of a session's lease after a number of seconds."""
 
     async def sample(self, group: GroupOffered, sample: int) -> Ended:
         """Sample one trajectory of the group; after a failed session or engine request, start over (see `attempts`).
@@ -161,7 +160,7 @@ class TrajectorySampler:
                 self._message(live, longest),
                 lambda: self.sessions.heartbeat(session.session_id),
                 lease_s=session.lease_expires_in_s,
-                sleep=self.sleep,
+                later=self.later,
             )
             if not sampled.stopped:
                 # A limit truncated the message. Executing half of it would reward calls with arbitrary text after them.

@@ -88,7 +88,7 @@ class AgentRunner:
             async with running(config.command, self._variables(opened, key), named=config.variables) as program:
                 waiting = _end_of(program, session, limit_s)
                 lease_s = NEVER_S if opened.environment is None else opened.environment.lease_expires_in_s
-                posted = await with_renewals(waiting, opened.renew, lease_s=lease_s, sleep=asyncio.sleep)
+                posted = await with_renewals(waiting, opened.renew, lease_s=lease_s)
                 await program.end(grace_s=END_S)
         except OSError as error:
             raise AgentFailed(

@@ -1,7 +1,7 @@
 """The lease of a session while the model writes: renewals by a simulated clock, with a real gateway."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -17,7 +17,7 @@ from palimpsest.common.sessions.wire import Lease
 from palimpsest.services.env_gateway.app import create_app
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.port import SampledTokens
-from palimpsest.services.rollout.lease_renewal import with_renewals
+from palimpsest.services.rollout.lease_renewal import Timer, with_renewals
 from tests.processes.waiting import LIMIT_S
 from tests.unit.env_gateway.fakes import ManualClock
 from tests.unit.rollout.sampling import SAMPLING, MessageEngine, NextMessage, Setting
@@ -32,13 +32,14 @@ class SlowEngine(MessageEngine):
 
     clock: ManualClock
     renews: bool
-    woken: asyncio.Semaphore
+    due: Callable[[], None]
     renewed: asyncio.Semaphore
 
-    async def sleep(self, seconds: float) -> None:
-        """The sampler's sleep: ends when the clock has advanced by the given time."""
+    def later(self, seconds: float, call: Callable[[], None]) -> Timer:
+        """The sampler's timer: makes the call when the clock has advanced by the given time."""
         assert seconds == LEASE_S / 3
-        await self.woken.acquire()
+        self.due = call
+        return ManualTimer()
 
     async def generate(
         self, prompt: Sequence[int], *, request: str, temperature: float, max_tokens: int, stop: Sequence[int]
@@ -46,7 +47,7 @@ class SlowEngine(MessageEngine):
         for _ in range(3 * MESSAGE_LEASES):
             self.clock.now += LEASE_S / 3
             if self.renews:
-                self.woken.release()
+                self.due()
                 await self.renewed.acquire()
         return await super().generate(
             prompt, request=request, temperature=temperature, max_tokens=max_tokens, stop=stop
@@ -60,12 +61,12 @@ async def test_a_message_longer_than_the_lease_keeps_its_session(
     """Without renewals each attempt loses its session, although the same messages sampled faster are valid."""
     engine = SlowEngine([NextMessage(dialogue.encode(text)) for text in (*lookup.solution(3), *lookup.solution(3)[:1])])
     engine.clock, engine.renews = ManualClock(), renews
-    engine.woken, engine.renewed = asyncio.Semaphore(0), asyncio.Semaphore(0)
+    engine.renewed = asyncio.Semaphore(0)
     renew = SessionClient.heartbeat
 
     async def observed(self: SessionClient, session_id: str) -> Lease:
         lease = await renew(self, session_id)
-        engine.renewed.release()
+        asyncio.get_running_loop().call_soon(engine.renewed.release)  # after the next timer is set
         return lease
 
     monkeypatch.setattr(SessionClient, "heartbeat", observed)
@@ -73,7 +74,7 @@ async def test_a_message_longer_than_the_lease_keeps_its_session(
     app = create_app(Sessions(offered, limits, clock=engine.clock), offered)
     with Server(app, "127.0.0.1", 0, key="env_gateway") as server:
         setting = Setting(f"http://127.0.0.1:{server.port}", dialogue)
-        sampler = replace(setting.sampler(engine), sleep=engine.sleep)
+        sampler = replace(setting.sampler(engine), later=engine.later)
         async with asyncio.timeout(LIMIT_S), sampler.sessions:
             ended = await sampler.sample(setting.group("lookup", 3, SAMPLING), 2)
     if renews:
@@ -82,6 +83,20 @@ async def test_a_message_longer_than_the_lease_keeps_its_session(
     else:
         assert isinstance(ended, TrajectoryDropped)
         assert ended.detail.endswith("the session is over: expired")
+
+
+class ManualTimer:
+    """A timer whose call a test makes."""
+
+    cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+def at_once(_: float, call: Callable[[], None]) -> asyncio.Handle:
+    """Make a call without the wait before it."""
+    return asyncio.get_running_loop().call_soon(call)
 
 
 async def test_a_lost_lease_cancels_the_message() -> None:
@@ -97,21 +112,60 @@ async def test_a_lost_lease_cancels_the_message() -> None:
         raise SessionFailed("gone", "the session is over: expired")
 
     with pytest.raises(SessionFailed, match="expired"):
-        await with_renewals(write(), renew, lease_s=3.0, sleep=lambda _: asyncio.sleep(0))
+        await with_renewals(write(), renew, lease_s=3.0, later=at_once)
     assert cancelled.is_set()
+    task = asyncio.current_task()
+    assert task is not None
+    assert not task.cancelling(), "the next attempt of the trajectory must not be cancelled"
 
 
 async def test_a_message_ends_its_renewals() -> None:
-    ended = asyncio.Event()
-
-    async def wait(_: float) -> None:
-        try:
-            await asyncio.Future()
-        finally:
-            ended.set()
+    timer = ManualTimer()
 
     async def never() -> None:
         raise AssertionError("no renewal was due")
 
-    assert await with_renewals(asyncio.sleep(0, "text"), never, lease_s=3.0, sleep=wait) == "text"
-    assert ended.is_set()
+    written = with_renewals(asyncio.sleep(0, "text"), never, lease_s=3.0, later=lambda _, __: timer)
+    assert await written == "text"
+    assert timer.cancelled
+
+
+@pytest.mark.parametrize("fails", [True, False])
+async def test_a_message_ends_a_renewal_in_progress(fails: bool) -> None:
+    """Nothing of it is left when the next request on the session begins, and its outcome has no effect any more."""
+    renewing, ended = asyncio.Event(), asyncio.Event()
+
+    async def renew() -> None:
+        renewing.set()
+        try:
+            await asyncio.Future()
+        except asyncio.CancelledError:
+            ended.set()
+            if fails:
+                raise SessionFailed("gone", "the session is over: expired") from None
+            raise
+
+    async def write() -> str:
+        await renewing.wait()
+        return "text"
+
+    async with asyncio.timeout(LIMIT_S):
+        assert await with_renewals(write(), renew, lease_s=3.0, later=at_once) == "text"
+        assert ended.is_set()
+        await asyncio.sleep(0)  # a cancellation that was requested would arrive here
+
+
+async def test_a_cancelled_message_stays_cancelled_if_its_lease_is_lost() -> None:
+    """Who cancels a trajectory waits for its end, not for its next attempt."""
+
+    async def renew() -> None:
+        written.cancel()
+        raise SessionFailed("gone", "the session is over: expired")
+
+    async def write() -> str:
+        return await asyncio.Future()
+
+    written = asyncio.create_task(with_renewals(write(), renew, lease_s=3.0, later=at_once))
+    async with asyncio.timeout(LIMIT_S):
+        await asyncio.wait({written})
+    assert written.cancelled()
