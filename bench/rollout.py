@@ -46,6 +46,7 @@ from palimpsest.common.snapshots.client import RawTensor, SnapshotClient
 from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.snapshots.manifest import Canary
 from palimpsest.common.snapshots.writer import Writer
+from palimpsest.common.startup_objects import freeze_startup_objects
 from palimpsest.common.trajectory_limit import trajectory_limit
 from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
@@ -179,6 +180,7 @@ async def measure(
     found = []
     try:
         scores = await engine.score(CANARY)
+        freeze_startup_objects()  # as the service does; both sides have it
         canary = Canary(CANARY, tuple(range(1, len(CANARY))), tuple(scores), ())
         with stored(config, folder / "store", canary) as store:
             for number in range(rounds):

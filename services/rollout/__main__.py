@@ -25,6 +25,7 @@ from palimpsest.common.sessions.sessions import Sessions, limits_of
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.snapshots.held_name import HeldName
+from palimpsest.common.startup_objects import freeze_startup_objects
 from palimpsest.common.trajectory_limit import trajectory_limit
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.rollout.agents.endpoints import serving
@@ -113,6 +114,7 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
                     )
                     with required("to start"):
                         await engine.start()
+                    freeze_startup_objects()
                     if not stop.requested:
                         await worker.work()
             except EngineDead as error:
