@@ -59,6 +59,17 @@ class RawFile:
             start += entry.size
         return True
 
+    def sort_as(self, manifest: Manifest) -> None:
+        """Write the file again, in the order of this manifest. The tensors must be those of the version in the file.
+
+        A learner that continues on another number of ranks divides the tensors differently: its deltas have another
+        order than the base before them. Raises OSError if the disk is full.
+        """
+        other = RawFile(self.path.with_name(f"{self.path.name}.sorted"))
+        other.load(self.tensors(manifest), manifest)
+        other.path.replace(self.path)
+        self._places, self._raw = other._places, other._raw
+
     def tensors(self, manifest: Manifest) -> Iterator[RawTensor]:
         """Iterate over the tensors of the version in the file, in the order of the manifest."""
         for entry in manifest.tensors:

@@ -172,8 +172,7 @@ class WeightSync:
         manifest = self._walker.manifest
         assert manifest is not None
         if not self._weights.has_order_of(manifest):
-            self._walker.forget()  # the file of a new base has the new order
-            return await self._fetch(version)
+            await asyncio.to_thread(self._weights.sort_as, manifest)  # the engine reads them in this order
         refuse_other_adapter(manifest.adapter, self._adapter, f"version {version}")
         instruments.FETCHED_BYTES.inc(moved.bytes)
         return StoredWeights(manifest, self._weights.path)
