@@ -25,7 +25,7 @@ class VllmEngineConfig(Section):
     """Divide the experts of a mixture of experts over the GPUs of `tensor_parallel`, so that each GPU holds whole
     experts. `false`: each GPU holds a slice of every expert."""
     sleep: bool = False
-    """Sleep while the learner trains, on a GPU that both share: at each cut, before the learner computes, the engine
+    """Sleep while the learner trains, on GPUs that both share: at each cut, before the learner computes, the engine
     frees the memory of its weights and its KV cache, and takes it back when the next version is announced. Needs
     learner.proximal.kind = "interruption" (docs/memory.md)."""
     compile: bool = False
@@ -57,7 +57,7 @@ class ScriptedEngineConfig(Section):
     """Sleep while the learner trains, as the vLLM engine does."""
 
 
-def refusal_of_sleep(learner: LearnerConfig, ranks: int) -> str | None:
+def refusal_of_sleep(learner: LearnerConfig) -> str | None:
     """Return why engines cannot sleep while this learner trains, and what to change; None: they can."""
     if not isinstance(learner.proximal, InterruptionProximal):
         return (
@@ -74,6 +74,4 @@ def refusal_of_sleep(learner: LearnerConfig, ranks: int) -> str | None:
             'learner.publishing is "background", which publishes while the learner computes for the next version: set '
             'learner.publishing = "inline"'
         )
-    if ranks > 1:
-        return f"local.learner_ranks is {ranks}: set local.learner_ranks = 1"
     return None

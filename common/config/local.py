@@ -12,8 +12,8 @@ GpuList = Annotated[tuple[Gpu, ...], Field(strict=False)]
 
 class GpusConfig(Section):
     """GPUs of each kind of process. GPUs are numbered from 0 among those that `palimpsest run` sees
-    (CUDA_VISIBLE_DEVICES). Without any of these keys each process gets GPUs of its own, and all processes share the
-    GPU of a machine that has one (docs/memory.md)."""
+    (CUDA_VISIBLE_DEVICES). Without any of these keys each process gets GPUs of its own, but engines and learner share
+    theirs with rollout.engine.sleep, and all processes the GPU of a machine that has one (docs/memory.md)."""
 
     engines: GpuList | None = None
     """GPUs of the inference engines: rollout.engine.tensor_parallel for each worker, in the order of the workers."""

@@ -256,7 +256,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _engines_can_sleep(self) -> "RunConfig":
-        if self.rollout.engine.sleep and (reason := refusal_of_sleep(self.learner, self.local.learner_ranks)):
+        if self.rollout.engine.sleep and (reason := refusal_of_sleep(self.learner)):
             raise ValueError(f"rollout.engine.sleep is true, but {reason}, or remove rollout.engine.sleep")
         return self
 

@@ -7,7 +7,16 @@ from palimpsest.common.config.engines import VllmEngineConfig
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.user_error import UserError
 from palimpsest.plan.causes import GIB
-from palimpsest.services.local.placement import ENGINES, LEARNER, REPLICAS, gpus_wanted, place
+from palimpsest.services.local.placement import (
+    BY_TURNS,
+    ENGINES,
+    LEARNER,
+    REPLICAS,
+    gpus_wanted,
+    needed_gpus,
+    place,
+    takes_turns,
+)
 
 CONTEXT = GIB
 """Bytes of a GPU that a process needs besides its tensors: CUDA context, kernels, communication buffers. Assumed."""
@@ -61,11 +70,14 @@ class Needed:
     """Largest number of replicas on a GPU of the learner."""
     asleep: int = 0
     """Largest number of engines on a GPU of the learner that sleep while it computes."""
+    by_turns: bool = False
+    """Whether engines and ranks of the learner use the same GPUs by turns."""
 
     @property
     def number(self) -> int:
-        """All of them, one process on each."""
-        return self.engines + self.ranks + self.replicas
+        """All of them, one process on each, or by turns an engine and a rank."""
+        numbers = {ENGINES: self.engines, LEARNER: self.ranks, REPLICAS: self.replicas}
+        return needed_gpus(numbers, by_turns=self.by_turns)
 
     def __str__(self) -> str:
         parts = [
@@ -73,8 +85,9 @@ class Needed:
             for name, number in (("engines", self.engines), ("the learner", self.ranks), ("replicas", self.replicas))
             if number
         ]
-        shared = self.engine_share or self.replicas_beside
-        return f"{self.number} ({', '.join(parts)}){', and processes share one' if shared else ''}"
+        shared = not self.by_turns and (self.engine_share or self.replicas_beside)
+        turns, share = BY_TURNS if self.by_turns else "", ", and processes share one" if shared else ""
+        return f"{self.number} ({', '.join(parts)}{turns}){share}"
 
 
 def needed(config: RunConfig, gpus: Gpus) -> Needed:
@@ -93,4 +106,8 @@ def needed(config: RunConfig, gpus: Gpus) -> Needed:
         if isinstance(engine, VllmEngineConfig):
             engines = max(used[ENGINES].count(gpu) for gpu in placed[LEARNER])
             share, asleep = engine.gpu_memory_utilization * engines, engines if engine.sleep else 0
-    return Needed(numbers[ENGINES], numbers[LEARNER], numbers[REPLICAS], refused, share, beside, asleep)
+    by_hand = any(each is not None for each in config.local.gpus.model_dump().values())
+    return Needed(
+        numbers[ENGINES], numbers[LEARNER], numbers[REPLICAS], refused, share, beside, asleep,
+        by_turns=takes_turns(config) and not by_hand,
+    )  # fmt: skip

@@ -29,6 +29,11 @@ class Plan:
     """Tokens of rollout.max_live trajectories of the greatest length."""
 
     @property
+    def asleep_in_host(self) -> int:
+        """Bytes of the host's memory for the weights of all engines of the machine while they sleep."""
+        return self.engine.weights * self.needed.engines if self.engine is not None and self.needed.asleep else 0
+
+    @property
     def fits(self) -> bool:
         """Whether every process fits its GPUs."""
         return not self.misfits()

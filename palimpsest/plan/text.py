@@ -62,6 +62,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "weights_bytes": plan.engine.weights,
             "cache_bytes": plan.engine.cache,
             "cache_tokens": plan.engine.tokens(),
+            "asleep_host_bytes": plan.asleep_in_host,
         },
         "fits": plan.fits,
         "misfits": plan.misfits(),
@@ -78,6 +79,8 @@ def _engine(plan: Plan) -> list[str]:
         _line(Cause("weights", engine.weights, ("rollout.engine.tensor_parallel",))),
         _line(Cause("KV cache and buffers", max(0, engine.cache), ("rollout.engine.gpu_memory_utilization",))),
     ]
+    if plan.asleep_in_host:
+        lines.append(_sum("in the host's memory, of all that sleep", plan.asleep_in_host))
     if engine.token:
         lines.append(
             f"The cache holds {engine.tokens():,} tokens; rollout.max_live trajectories of the greatest length have "

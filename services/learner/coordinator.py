@@ -1,6 +1,7 @@
 """Rank 0: builds the objects that connect to other services, and runs the loop."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from palimpsest.common import run_folder
 from palimpsest.common.bus.factory import open_bus
@@ -26,6 +27,7 @@ from palimpsest.services.learner.control.page_routes import PAGE_RULES
 from palimpsest.services.learner.control.routes import RULES
 from palimpsest.services.learner.evaluation.build import build_evaluator
 from palimpsest.services.learner.evaluation.evaluator import Evaluator
+from palimpsest.services.learner.gpu_cache import return_all_caches
 from palimpsest.services.learner.ingest.build import build_ingest
 from palimpsest.services.learner.ingest.offers import TaskSettings
 from palimpsest.services.learner.ingest.trajectory_reader import ReceivedTrajectory
@@ -48,7 +50,6 @@ from palimpsest.services.learner.sharding.published_weights import CollectiveOrd
 from palimpsest.services.learner.sharding.shard_files import ShardFiles
 from palimpsest.services.learner.sharding.shared_work import OnAllRanks
 from palimpsest.services.learner.tracking.build import build_tracking
-from palimpsest.services.learner.training.gpu_cache import release_gpu_cache
 
 
 def run_coordinator(
@@ -92,7 +93,7 @@ def run_coordinator(
         confirm=writer.confirm,
         epoch=lambda: writer.epoch,
         control=ControlCheck(store),
-        sleeping=config.rollout.engine.sleep,
+        before_waking=_before_waking(config, training),
     )
     outputs = _outputs(config, training, bus, store, writer, evaluator, adapter)
     feed, watch = PageFeed(), WorkerWatch(lambda: open_bus(config), run=config.run.id)
@@ -118,7 +119,7 @@ def run_coordinator(
         desk.close("ended", "the learner ends")
         loop.close()
         tracking.close()
-        exact.release()  # if the learner ends inside a cut, the workers must not stay paused
+        exact.release()  # if the learner ends inside a cut, no worker that has its memory must stay paused
     watch.close()
     exact.close()
     ingest.close()
@@ -165,13 +166,18 @@ def _outputs(
             files = ShardFiles(on_all_ranks, policy)
     publisher = Publisher(
         bus, store, writer, model, canaries, run=config.run.id, weights=weights, adapter=adapter,
-        free_memory=release_gpu_cache if config.rollout.engine.sleep else lambda: None,
+        free_memory=_before_waking(config, training),
     )  # fmt: skip
     report_free_bytes("checkpoints", config.checkpoint_folder)
     checkpoints = Checkpoints(
         config.checkpoint_folder, writer, keep=learner.checkpoint.keep, shards=files, adapter=adapter
     )
     return Outputs(writer, publisher, checkpoints, evaluator)
+
+
+def _before_waking(config: RunConfig, training: Training) -> Callable[[], None] | None:
+    """Return what must happen before each record that wakes engines; None if engines do not sleep."""
+    return partial(return_all_caches, training.ranks) if config.rollout.engine.sleep else None
 
 
 def _records(config: RunConfig, followers: Sequence[HistoryFollower]) -> Records:

@@ -1,7 +1,7 @@
 """Which GPUs each process of a run on one machine uses. Pure.
 
-Each process sees only its own GPUs (CUDA_VISIBLE_DEVICES), so that two processes meet on a GPU only if the run lists it
-for both or the machine has a single one.
+Each process sees only its own GPUs (CUDA_VISIBLE_DEVICES), so that two processes meet on a GPU only if engines and
+learner use it by turns (rollout.engine.sleep), the run lists it for both, or the machine has a single one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from palimpsest.common.user_error import UserError
 from palimpsest.services.local.visible_gpus import VARIABLE
 
 ENGINES, LEARNER, REPLICAS = "engines", "learner", "replicas"
+BY_TURNS = ", by turns on the same ones"
 ENGINES_ALONE, ENGINES_BESIDE = 0.9, 0.5
 """Maximum share of a GPU for the engines on it: several engines alone or asleep while the learner computes, and engines
 beside a learner or a replica."""
@@ -44,7 +45,9 @@ def place(config: RunConfig, visible: Sequence[str]) -> Placement:
             raise UserError(f"{', '.join(keys)}: no GPU is visible here (nvidia-smi, {VARIABLE}); remove the key")
         return Placement()
     by_hand = any(each is not None for each in given.values())
-    numbers = _given(wanted, given, visible) if by_hand else _default(wanted, len(visible))
+    numbers = (
+        _given(wanted, given, visible) if by_hand else _default(wanted, len(visible), by_turns=takes_turns(config))
+    )
     _refuse_full(config, numbers)
     return Placement(
         {
@@ -66,23 +69,39 @@ def gpus_wanted(config: RunConfig) -> dict[str, dict[str, int]]:
     }
 
 
-def _default(wanted: Mapping[str, Mapping[str, int]], visible: int) -> dict[str, list[int]]:
-    """GPUs in the order engines, learner, replicas; a single GPU is shared. Raises UserError."""
+def takes_turns(config: RunConfig) -> bool:
+    """Whether engines and ranks of the learner use the same GPUs by turns, if the run assigns none by hand."""
+    engine = config.rollout.engine
+    return isinstance(engine, VllmEngineConfig) and engine.sleep
+
+
+def needed_gpus(numbers: Mapping[str, int], *, by_turns: bool) -> int:
+    """Return the number of GPUs with one process on each, or by turns an engine and a rank. numbers: kind -> GPUs."""
+    if by_turns:
+        return max(numbers[ENGINES], numbers[LEARNER]) + numbers[REPLICAS]
+    return sum(numbers.values())
+
+
+def _default(wanted: Mapping[str, Mapping[str, int]], visible: int, *, by_turns: bool) -> dict[str, list[int]]:
+    """GPUs in the order engines, learner, replicas; by turns, those of engines and learner both begin with GPU 0. A
+    single GPU is shared. Raises UserError."""
     numbers = {kind: sum(processes.values()) for kind, processes in wanted.items()}
-    needed = sum(numbers.values())
+    needed = needed_gpus(numbers, by_turns=by_turns)
     if visible == 1 and all(number <= 1 for processes in wanted.values() for number in processes.values()):
         return {kind: [0] * number for kind, number in numbers.items()}
     if needed > visible:
         parts = ", ".join(f"{number} for {_text(kind)}" for kind, number in numbers.items() if number)
         raise UserError(
-            f"the run needs {needed} GPUs ({parts}), and {visible} {'is' if visible == 1 else 'are'} visible: lower "
+            f"the run needs {needed} GPUs ({parts}{BY_TURNS if by_turns else ''}), and {visible} "
+            f"{'is' if visible == 1 else 'are'} visible: lower "
             f"local.rollout_workers, local.learner_ranks, local.replicas or rollout.engine.tensor_parallel, or let "
             f"processes share GPUs with local.gpus"
         )
-    result, first = {}, 0
+    result, end = {}, 0
     for kind, number in numbers.items():
+        first = 0 if by_turns and kind == LEARNER else end
         result[kind] = list(range(first, first + number))
-        first += number
+        end = max(end, first + number)
     return result
 
 

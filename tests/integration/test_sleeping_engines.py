@@ -1,10 +1,13 @@
-"""Engines and the learner use one GPU by turns: no engine holds memory while the learner computes, and nothing is lost.
+"""Engines and the learner use their GPUs by turns: no engine holds memory while a rank of the learner computes, none
+wakes while a rank holds what it computed with, and nothing is lost.
 
 Whole runs in simulated time (tests/simulation/learner_schedules.py), with real workers, real learners and faults.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,19 @@ import structlog
 from palimpsest.common.bus.port import Record
 from palimpsest.common.messages import CONTROL, WORKERS, CutReleased, CutRequested, VersionPublished, decode
 from palimpsest.common.versions import UNTRAINABLE
-from palimpsest.services.learner import coordinator
+from palimpsest.services.learner import gpu_cache
+from palimpsest.services.learner.old_logprobs import distributed_scorer
+from palimpsest.services.learner.old_logprobs.interruption.coordinator import CutCoordinator
 from palimpsest.services.learner.old_logprobs.interruption.liveness import ALIVE_S
 from palimpsest.services.learner.old_logprobs.routes import InterruptionRoute
 from palimpsest.services.rollout.cut_responder import CutResponder
 from tests.simulation.cut_schedules import slow_polling
 from tests.simulation.cut_worker import process_name
 from tests.simulation.learner_checks import run_and_check
-from tests.simulation.learner_faults import Fault, FaultKind
+from tests.simulation.learner_faults import VERSIONS, Fault, FaultKind
 from tests.simulation.learner_schedules import LearnerSchedule
+from tests.simulation.simulated_ranks import own_rank
+from tests.simulation.simulated_time import Actor
 
 pytestmark = pytest.mark.thorough
 SEEDS = 3
@@ -30,23 +37,29 @@ QUIET_S = 0.9 * ALIVE_S
 Patch = pytest.MonkeyPatch
 
 
-freed: list[str] = []
-"""Learners that returned what torch had cached, in this order."""
+LONGEST_RETURN_S = 4.0
+"""Simulated seconds in which a rank returns its cache."""
+present: "list[Turns]" = []
+"""The schedule of the present run."""
 
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: Patch) -> Iterator[None]:
     slow_polling(monkeypatch)
-    freed.clear()
-    monkeypatch.setattr(coordinator, "release_gpu_cache", lambda: freed.append(process_name.get()))
+    present.clear()
+    monkeypatch.setattr(gpu_cache, "release_gpu_cache", lambda: present[0].returns())
     with structlog.testing.capture_logs():
         yield
 
 
 @dataclass
 class Turns(LearnerSchedule):
-    """Checks at each pass of the learner that the engines sleep."""
+    """Checks at each pass of a rank that the engines sleep, and when they wake that no rank holds memory."""
 
+    operated: bool = False
+    """Whether a person asks for cuts and checkpoints."""
+    holding: set[tuple[str, int]] = field(default_factory=set)
+    """Learner process and rank, if it has computed since it last returned what torch had cached."""
     serving: set[str] = field(default_factory=set)
     """Worker processes that have reported a version."""
     expected: set[str] | None = None
@@ -55,8 +68,18 @@ class Turns(LearnerSchedule):
     """Worker process -> time of its last record."""
     quiet: set[str] = field(default_factory=set)
     """Worker processes that were silent for so long during the open cut that the learner may take them for dead."""
-    turns: int = 0
-    """Versions that were trained while engines slept."""
+    turns: "Counter[int]" = field(default_factory=Counter)
+    """Rank -> versions that it trained while engines slept."""
+    releases: int = 0
+    """Cuts that ended without a version."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        present[:] = [self]
+
+    @property
+    def has_operator(self) -> bool:
+        return self.operated
 
     def _note(self, topic: str, records: Sequence[Record]) -> None:
         super()._note(topic, records)
@@ -66,11 +89,11 @@ class Turns(LearnerSchedule):
             match decode(topic, record.body):
                 case CutRequested():
                     self.expected, self.quiet = set(self.serving), set()
-                case CutReleased():
+                case CutReleased() | VersionPublished():
                     self.expected = None
-                case VersionPublished():
-                    self.expected = None
-                    assert freed.pop() == process_name.get(), "engines wake before the learner has returned its cache"
+                    self.releases += isinstance(decode(topic, record.body), CutReleased)
+                    holding = sorted(rank for process, rank in self.holding if process == process_name.get())
+                    assert not holding, f"engines wake before ranks {holding} of the learner have returned their cache"
                 case report if topic == WORKERS and report.version >= 0:
                     self.serving.add(process_name.get())
 
@@ -80,7 +103,16 @@ class Turns(LearnerSchedule):
             self.quiet.add(process)
         self.heard[process] = now
 
+    def starts(self) -> None:
+        self.holding.add((process_name.get(), own_rank.get()))
+
+    def returns(self) -> None:
+        """A rank returns its cache."""
+        Actor.here.actor.sleep(self.random.uniform(0.0, LONGEST_RETURN_S))
+        self.holding.discard((process_name.get(), own_rank.get()))
+
     def computes(self, what: str) -> None:
+        self.holding.add((process_name.get(), own_rank.get()))
         if process_name.get() != f"learner.{self.writer}":
             return  # it was replaced while it was paused
         assert self.expected is not None, f"the learner {what} outside a cut"
@@ -89,25 +121,33 @@ class Turns(LearnerSchedule):
         here = (self.expected & self.engines.keys()) - self.quiet - silent
         awake = sorted(name for name in here if not self.engines[name].asleep)
         assert not awake, f"the learner {what} while the engines of {awake} are awake"
-        self.turns += what == "trains" and bool(here)
+        self.turns[own_rank.get()] += what == "trains" and bool(here)
 
 
-def run_by_turns(folder: Path, seed: int, **options: Any) -> Turns:
-    schedule = run_and_check(seed, folder, kind=Turns, sleep=True, **options)
+def run_by_turns(folder: Path, seed: int, *, operated: bool = False, **options: Any) -> Turns:
+    schedule = run_and_check(seed, folder, kind=partial(Turns, operated=operated), sleep=True, **options)
     assert isinstance(schedule, Turns)
     return schedule
 
 
-def test_all_engines_sleep_before_the_learner_computes_and_wake_before_they_sample(tmp_path: Path) -> None:
-    continued = 0
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.long)])
+def test_all_engines_sleep_before_the_learner_computes_and_wake_before_they_sample(tmp_path: Path, ranks: int) -> None:
+    continued, turns = 0, Counter[int]()
     for seed in range(SEEDS):
         (tmp_path / f"{seed}").mkdir()
-        schedule = run_by_turns(tmp_path / f"{seed}", seed)
-        assert schedule.turns >= schedule.config.learner.versions - 1
+        schedule = run_by_turns(tmp_path / f"{seed}", seed, ranks=ranks)
+        turns += schedule.turns
         continued += sum(len(set(row.versions.tolist()) - {UNTRAINABLE}) > 1 for _, _, row in schedule.trained)
+    assert sorted(turns) == list(range(ranks))
+    assert min(turns.values()) > SEEDS * VERSIONS / 2, "few engines were there to sleep"
     assert continued, "no trajectory continued with another version after the sleep"
 
 
+def test_a_cut_that_a_person_asks_for_takes_its_turn_and_gives_it_back(tmp_path: Path) -> None:
+    assert run_by_turns(tmp_path, 1, operated=True, ranks=2).releases
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
     ("place", "kind"),
     [
@@ -120,9 +160,9 @@ def test_all_engines_sleep_before_the_learner_computes_and_wake_before_they_samp
         ("learner.after_publishing", FaultKind.DIE),
     ],
 )
-def test_a_learner_that_fails_leaves_no_engine_asleep(place: str, kind: FaultKind, tmp_path: Path) -> None:
+def test_a_learner_that_fails_leaves_no_engine_asleep(place: str, kind: FaultKind, ranks: int, tmp_path: Path) -> None:
     fault = Fault(place, 2, kind)
-    run_by_turns(tmp_path, 1, plan=[fault])
+    run_by_turns(tmp_path, 1, plan=[fault], ranks=ranks)
     assert fault.happened
 
 
@@ -146,9 +186,42 @@ def the_learner_computes_before_the_cut(patch: Patch) -> None:
 
 
 @pytest.mark.parametrize("without", [engines_stay_awake, the_learner_computes_before_the_cut])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_the_check_sees_a_learner_that_does_not_wait_its_turn(
-    without: Callable[[Patch], None], tmp_path: Path, monkeypatch: Patch
+    without: Callable[[Patch], None], ranks: int, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     without(monkeypatch)
     with pytest.raises(AssertionError, match=r"the learner (scores|trains) (while the engines|outside a cut)"):
-        run_by_turns(tmp_path, 1)
+        run_by_turns(tmp_path, 1, ranks=ranks)
+
+
+def other_ranks_keep_their_cache(patch: Patch) -> None:
+    patch.setattr(distributed_scorer, "return_cache", lambda ranks: ranks.all_gather_object("returned"))
+
+
+def rank_0_does_not_wait_for_the_others(patch: Patch) -> None:
+    for module in (gpu_cache, distributed_scorer):
+        patch.setattr(module, "return_cache", lambda ranks: gpu_cache.release_gpu_cache())
+
+
+@pytest.mark.parametrize("without", [other_ranks_keep_their_cache, rank_0_does_not_wait_for_the_others])
+def test_the_check_sees_a_version_that_is_announced_before_all_ranks_have_returned_their_cache(
+    without: Callable[[Patch], None], tmp_path: Path, monkeypatch: Patch
+) -> None:
+    without(monkeypatch)
+    with pytest.raises(AssertionError, match=r"engines wake before ranks \[1\] of the learner have"):
+        run_by_turns(tmp_path, 1, ranks=2)
+
+
+def test_the_check_sees_a_cut_that_is_released_before_all_ranks_have_returned_their_cache(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    release = CutCoordinator._release
+
+    def at_once(self: CutCoordinator, cut: int) -> None:
+        self._before_waking = lambda: None
+        release(self, cut)
+
+    monkeypatch.setattr(CutCoordinator, "_release", at_once)
+    with pytest.raises(AssertionError, match=r"engines wake before ranks \[.*\] of the learner have"):
+        run_by_turns(tmp_path, 1, operated=True, ranks=2)

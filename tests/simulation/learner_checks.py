@@ -1,7 +1,7 @@
 """Checks of learners in simulated time (learner_schedules.py), from the folder of the run."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ def run_and_check(
     *,
     plan: Sequence[Fault] = (),
     of_worker: Fault | None = None,
-    kind: type[LearnerSchedule] = LearnerSchedule,
+    kind: Callable[..., LearnerSchedule] = LearnerSchedule,
+    ranks: int = 1,
     **settings: Any,
 ) -> LearnerSchedule:
     """Run a schedule to its end and check the result; settings: see `configured`. Raises AssertionError if a check
@@ -39,7 +40,9 @@ def run_and_check(
     home = configured(folder, **settings).run.home
 
     async def main(loop: SimulatedLoop) -> LearnerSchedule:
-        schedule = kind(loop, chances, folder, plan=list(plan), of_worker=of_worker, home=home, stored=store)
+        schedule = kind(
+            loop, chances, folder, plan=list(plan), of_worker=of_worker, home=home, stored=store, ranks=ranks
+        )
         schedule.deaths = schedule.deaths and of_worker is None and not plan
         with simulated(schedule):
             await schedule.run()

@@ -21,11 +21,13 @@ from palimpsest.services.learner.loop_parts import Training
 from palimpsest.services.learner.model.trainable import TrainablePolicy
 from palimpsest.services.learner.old_logprobs.distributed_scorer import Pass, model_scorer
 from palimpsest.services.learner.training.build import build_training_state
+from palimpsest.services.learner.training.follower import run_follower
 from palimpsest.services.learner.training.results import StepResult
 from palimpsest.services.learner.training.trainer import Trainer
 from tests.servers.direct_store import URL
 from tests.simulation.learner_faults import Fault, FaultKind, Table
 from tests.simulation.memory_bus import MemoryBus
+from tests.simulation.simulated_ranks import Meeting, SimulatedRank, own_rank
 from tests.simulation.simulated_time import Actor, Killed
 
 if TYPE_CHECKING:
@@ -51,7 +53,11 @@ class SimulatedLearner:
 
     def begin(self) -> None:
         """Start the process; `ended` raises its unexpected errors."""
+        self._meeting = Meeting(self.schedule.ranks, self.pause)
         self._actor = Actor(self.schedule.loop, self._live)
+        self.threads += [
+            Actor(self.schedule.loop, partial(self._follow, rank)) for rank in range(1, self.schedule.ranks)
+        ]
         self.ended = self._actor.ended
         self.ended.add_done_callback(lambda _: self._end_threads())
 
@@ -107,19 +113,33 @@ class SimulatedLearner:
 
         return watched
 
+    def _rank(self, rank: int, store: SnapshotClient) -> tuple[Training, Pass]:
+        """What a rank trains and scores with."""
+        config, model = self.schedule.config, Table()
+        own_rank.set(rank)
+        ranks = SimulatedRank(self._meeting, rank) if self.schedule.ranks > 1 else ProcessGroup()
+        policy = TrainablePolicy(model, config.learner.optimizer)
+        state = build_training_state(
+            config.learner, policy, store, ranks.device, on_load=lambda _: instruments.SNAPSHOT_LOADS.inc()
+        )
+        trainer = WatchedTrainer(policy, state, ranks, config.learner, length=60, seed=config.run.seed)
+        trainer.learner = self
+        self.schedule.starts()
+        return Training(trainer, policy, state, ranks), self.watched(model_scorer(model, ranks.device))
+
+    def _follow(self, rank: int) -> None:
+        with Store(self) as store:
+            try:
+                training, score = self._rank(rank, store)
+                run_follower(training.policy, training.state, training.trainer, training.ranks, score)
+            except Exception as error:
+                self._meeting.fail(error)
+
     def _live(self) -> None:
         config = self.schedule.config
-        ranks, model = ProcessGroup(), Table()
-        policy = TrainablePolicy(model, config.learner.optimizer)
         with Store(self) as store:
-            state = build_training_state(
-                config.learner, policy, store, ranks.device, on_load=lambda _: instruments.SNAPSHOT_LOADS.inc()
-            )
-            trainer = WatchedTrainer(policy, state, ranks, config.learner, length=60, seed=config.run.seed)
-            trainer.learner = self
+            training, score = self._rank(0, store)
             try:
-                training = Training(trainer, policy, state, ranks)
-                score = self.watched(model_scorer(model, ranks.device))
                 run_coordinator(config, self.stop, store, training, score, NoServer())
             except Fenced:
                 assert self.still.done(), "the learner was replaced without a pause"
@@ -136,8 +156,9 @@ class WatchedTrainer(Trainer):
     def train(self, minibatches: Sequence[Sequence[Row]], now: Version, **options: Any) -> StepResult:
         """See Trainer."""
         self.learner.schedule.computes("trains")
-        trained = self.learner.schedule.trained
-        trained += [(self.learner.writer, now, row) for minibatch in minibatches for row in minibatch]
+        if not own_rank.get():
+            trained = self.learner.schedule.trained
+            trained += [(self.learner.writer, now, row) for minibatch in minibatches for row in minibatch]
         return super().train(minibatches, now, **options)
 
 

@@ -61,6 +61,8 @@ class LearnerSchedule(Schedule):
     of_worker: Fault | None = None
     home: Path = Path()
     stored: DirectStore = None  # type: ignore[assignment]
+    ranks: int = 1
+    """Of each learner."""
     replaced: dict[int, Things] = field(default_factory=dict)
     """Learner -> versions and checkpoints that it had stored when it was replaced."""
     trained: list[tuple[int, Version, Row]] = field(default_factory=list)
@@ -98,8 +100,16 @@ class LearnerSchedule(Schedule):
         if topic != CONTROL:  # a check needs the order of the learners' messages
             super()._copy(topic, records)
 
+    def starts(self) -> None:
+        """A rank of a learner has loaded its model."""
+
     def computes(self, what: str) -> None:
-        """The present learner is about to compute: it scores or trains."""
+        """A rank of a learner is about to compute: it scores or trains."""
+
+    @property
+    def has_operator(self) -> bool:
+        """Whether a person asks for cuts and checkpoints during the run."""
+        return self.config.learner.publishing == "background"
 
     def reward(self) -> float:
         return self.random.choice([0.0, 1.0])
@@ -120,7 +130,7 @@ class LearnerSchedule(Schedule):
             ended.append(one.ended)
             if fault is not None and fault.place == ANYWHERE:
                 self.loop.call_later(self.random.uniform(0.0, 150.0), one.kill)
-            if self.config.learner.publishing == "background":
+            if self.has_operator:
                 self._request_change(one)
             await asyncio.wait({one.ended, one.still}, return_when=asyncio.FIRST_COMPLETED)
             if one.ended.done():

@@ -85,7 +85,8 @@ class Actor:
     """`here.actor`: the actor of the present thread, if any."""
 
     def __init__(self, loop: SimulatedLoop, body: Callable[[], None]) -> None:
-        self._loop, self._body = loop, body
+        self.loop = self._loop = loop
+        self._body = body
         self._go, self._back = threading.Lock(), threading.Lock()
         self._go.acquire()
         self._back.acquire()

@@ -12,6 +12,7 @@ import torch
 from palimpsest.common.arrays import Float32Array
 from palimpsest.services.learner.batch.batching import PaddedBatch, empty_batch
 from palimpsest.services.learner.distributed import NOTHING, ProcessGroup
+from palimpsest.services.learner.gpu_cache import CacheReturn, return_cache
 from palimpsest.services.learner.model.failing_rows import may_be_of_row, tolerant
 from palimpsest.services.learner.model.policy import score_batch
 from palimpsest.services.learner.sharding.shared_work import Shards, SharedWork
@@ -50,13 +51,16 @@ class DistributedScorer:
 
 
 def serve_scoring(ranks: ProcessGroup, forward: Pass, shards: Shards | None = None) -> object:
-    """Ranks other than 0: score the micro-batches of each `Scoring` that rank 0 broadcasts, and do each `SharedWork`.
+    """Ranks other than 0: score the micro-batches of each `Scoring` that rank 0 broadcasts, do each `SharedWork`, and
+    return the cache of torch at each `CacheReturn`.
 
     shards: of a sharded policy. Return the first other object that rank 0 broadcasts; None if that is NOTHING.
     """
-    while isinstance(order := ranks.broadcast_object(NOTHING)[0], Scoring | SharedWork):
+    while isinstance(order := ranks.broadcast_object(NOTHING)[0], Scoring | SharedWork | CacheReturn):
         if isinstance(order, Scoring):
             _share(ranks, order.batches, forward)
+        elif isinstance(order, CacheReturn):
+            return_cache(ranks)
         else:
             assert shards is not None
             order.work(shards)

@@ -212,9 +212,9 @@ def route(
     confirm: Callable[[], None],
     epoch: Callable[[], int],
     control: ControlCheck,
-    sleeping: bool = False,
+    before_waking: Callable[[], None] | None = None,
 ) -> Route:
-    """Return the route of the configured kind. sleeping: rollout.engine.sleep.
+    """Return the route of the configured kind. before_waking: see CutCoordinator.
 
     score: scores with the resident weights. scores: the store that `ingest` removes resolved trajectories from.
     epoch: returns the epoch of this learner. control: checks the records of earlier learners.
@@ -272,6 +272,6 @@ def route(
                 epoch=epoch,
                 control=control,
                 left_out=left_out,
-                sleeping=sleeping,
+                before_waking=before_waking,
             )
-            return InterruptionRoute(ingest.reader, coordinator, scores, sleeping=sleeping)
+            return InterruptionRoute(ingest.reader, coordinator, scores, sleeping=before_waking is not None)

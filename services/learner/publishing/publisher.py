@@ -38,10 +38,10 @@ class Publisher:
         clock: Callable[[], float] = time.monotonic,
         weights: VersionWeights | None = None,
         adapter: Adapter | None = None,
-        free_memory: Callable[[], None] = lambda: None,
+        free_memory: Callable[[], None] | None = None,
     ) -> None:
         """weights: None: those of the model. adapter: what the model's are; None: whole weights. free_memory: called
-        before each announcement, upon which engines that sleep take back their memory."""
+        before each announcement, upon which engines that sleep take back their memory; None: engines do not sleep."""
         self._free_memory = free_memory
         self._weights = weights or WholeWeights(store, model, run=run, adapter=adapter)
         self._clock, self._leased = clock, (Version(0), clock())
@@ -68,7 +68,8 @@ class Publisher:
         """
         canaries = self.prepare() if prepared is None else prepared
         manifest = self._weights.store(version, canaries, writer=self._writer.epoch)
-        self._free_memory()
+        if self._free_memory is not None:
+            self._free_memory()
         failpoints.reach("learner.before_announcing")
         self._writer.confirm()  # a successor has announced the version that it continues from
         announcement = VersionPublished(

@@ -13,6 +13,7 @@ from palimpsest.services.local.placement import Placement, place
 from palimpsest.services.local.supervisor import assign_ports
 
 RUN = 'run.id = "t"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
+BY_TURNS = ("--rollout.engine.sleep=true", "--learner.proximal.kind=interruption")
 
 
 def run(folder: Path, *keys: str) -> RunConfig:
@@ -50,10 +51,36 @@ def test_the_default_engine_leaves_a_shared_gpu_no_room(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_sleeps_while_the_learner_computes_may_take_more_of_a_gpu(tmp_path: Path) -> None:
-    turns = ("--rollout.engine.sleep=true", "--learner.proximal.kind=interruption")
-    assert placed(tmp_path, 1, *turns) == {"worker-0": ("0",), "learner": ("0",)}
+    assert placed(tmp_path, 1, *BY_TURNS) == {"worker-0": ("0",), "learner": ("0",)}
     with pytest.raises(UserError, match=r"GPU 0 is shared by .* 0\.95: set it to 0\.9 or less"):
-        placed(tmp_path, 1, *turns, "--rollout.engine.gpu_memory_utilization=0.95")
+        placed(tmp_path, 1, *BY_TURNS, "--rollout.engine.gpu_memory_utilization=0.95")
+
+
+@pytest.mark.parametrize(
+    ("visible", "keys", "expected"),
+    [
+        (2, [], {"worker-0": ("0",), "learner": ("0",)}),
+        (4, ["--local.rollout_workers=2", "--rollout.engine.tensor_parallel=2", "--local.learner_ranks=4"],
+         {"worker-0": ("0", "1"), "worker-1": ("2", "3"), "learner": ("0", "1", "2", "3")}),
+        (4, ["--local.rollout_workers=3", "--local.learner_ranks=4"],
+         {"worker-0": ("0",), "worker-1": ("1",), "worker-2": ("2",), "learner": ("0", "1", "2", "3")}),
+        (8, ["--rollout.engine.tensor_parallel=4", "--local.learner_ranks=2"],
+         {"worker-0": ("0", "1", "2", "3"), "learner": ("0", "1")}),
+        (3, ["--local.gpus.engines=[2]", "--local.gpus.learner=[1,2]", "--local.learner_ranks=2"],
+         {"worker-0": ("2",), "learner": ("1", "2")}),
+    ],
+)  # fmt: skip
+def test_engines_and_ranks_use_the_same_gpus_by_turns(
+    visible: int, keys: list[str], expected: dict[str, tuple[str, ...]], tmp_path: Path
+) -> None:
+    assert placed(tmp_path, visible, *BY_TURNS, *keys) == expected
+
+
+def test_by_turns_a_machine_must_have_the_gpus_of_the_larger_side(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"needs 4 GPUs \(2 for the engines, 4 for .*, by turns .*\), and 2 are visible"
+    ):
+        placed(tmp_path, 2, *BY_TURNS, "--local.rollout_workers=2", "--local.learner_ranks=4")
 
 
 @pytest.mark.parametrize(

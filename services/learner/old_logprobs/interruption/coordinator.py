@@ -57,7 +57,8 @@ class CutCoordinator:
 
     confirm: raises Fenced unless the run still belongs to this learner. epoch: returns the epoch of this learner.
     control: checks the records of earlier learners. left_out: returns groups that `work` does not score.
-    sleeping: engines share the GPU and sleep at a cut: a cut waits for every live worker, and only then scores.
+    before_waking: engines share the learner's GPUs and sleep at a cut: a cut waits for every live worker, and only then
+    scores. Called before a release, upon which they take back their memory; None: engines do not sleep.
     """
 
     def __init__(
@@ -74,12 +75,12 @@ class CutCoordinator:
         control: ControlCheck,
         left_out: Callable[[], Collection[str]] = frozenset,
         clock: Callable[[], float] = time.monotonic,
-        sleeping: bool = False,
+        before_waking: Callable[[], None] | None = None,
     ) -> None:
         self._bus, self._ingest, self._reader, self._scorer, self._scores = bus, ingest, ingest.reader, scorer, scores
         self._run, self._deadline_s, self._confirm, self._clock = run, deadline_s, confirm, clock
         self._epoch, self._control, self._left_out = epoch, control, left_out
-        self._sleeping = sleeping
+        self._sleeping, self._before_waking = before_waking is not None, before_waking
         self._workers = WorkerFeed(bus, ingest.dead_letters, run=run, clock=clock)
         self._first = self._next = 1
         self._open: int | None = None
@@ -158,8 +159,7 @@ class CutCoordinator:
         """
         report = self.cut(now, digest)
         self._confirm()
-        self._open = report.cut
-        self.release()
+        self._release(report.cut)
         return report
 
     def take_turn(self, now: Version, digest: str, *, stop: Callable[[], bool]) -> bool:
@@ -170,7 +170,8 @@ class CutCoordinator:
         try:
             self.cut(now, digest, stop=stop)
         except CutStopped:
-            self.release()
+            assert self._open is not None
+            self._release(self._open)
             return False
         self._confirm()
         return True
@@ -180,14 +181,20 @@ class CutCoordinator:
         self._scores.digests[version] = digest
 
     def release(self) -> None:
-        """Resume the workers if a cut has failed. Does nothing if no cut is open.
+        """Resume the workers if a cut has failed. Does nothing if no cut is open, and if engines sleep.
 
         After a cut has returned, the weights of its version change, and tokens sampled with that version could not be
-        scored. Then only the next version, or a restart of the learner, resumes the workers.
+        scored. Then only the next version, or a restart of the learner, resumes the workers. Engines sleep until then
+        also after a failed cut: the ranks of a learner that fails are not in step, so they cannot return their memory
+        before they end.
         """
-        if self._open is None:
-            return
-        cut, self._open = self._open, None
+        if self._open is not None and not self._sleeping:
+            self._release(self._open)
+
+    def _release(self, cut: int) -> None:
+        self._open = None
+        if self._before_waking is not None:
+            self._before_waking()
         try:
             self._confirm()
         except Fenced:
