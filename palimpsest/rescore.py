@@ -32,10 +32,12 @@ from transformers.utils import logging
 from palimpsest.common.base_model import base_digest
 from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.snapshots.frames import Hashed, RawTensor, joined
-from palimpsest.common.snapshots.manifest import Manifest, unseal
+from palimpsest.common.snapshots.manifest import Damaged, Manifest, unseal
 from palimpsest.common.snapshots.raw_file import RawFile
 from palimpsest.common.snapshots.walker import Walker
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
+from palimpsest.rescore_records import Lacking, micro_batches
 from palimpsest.rescore_routing import given_experts
 
 UNTRAINABLE = -1
@@ -47,12 +49,8 @@ ROWS = "rescore_within_rows"
 """Name under which transformers knows the attention within packed rows."""
 
 
-class Lacking(Exception):
-    """Raised if there are no values to compare."""
-
-
 def main(run: Path, config: dict[str, Any], model: str | None, every: int) -> dict[str, Any]:
-    """Return the comparison of a run folder with the configuration `config`. Raises Lacking."""
+    """Return the comparison of a run folder with the configuration `config`. Raises Lacking, UserError for damage."""
     torch.set_num_threads(config.get("learner", {}).get("threads", 1))  # the order of sums depends on it
     logging.disable_progress_bar()
     path, attention = model or config["model"]["path"], config["model"]["attention"]
@@ -63,7 +61,10 @@ def main(run: Path, config: dict[str, Any], model: str | None, every: int) -> di
         engine = config.get("learner", {}).get("routing_replay") == "engine"
         models = Models(store, path, attention, chunk, packed=packed)
         shared = learner.get("context_parallel", 1) > 1
-        return rescore(run / "records", models, every, engine=engine, shared=shared)
+        try:
+            return rescore(run / "records", models, every, engine=engine, shared=shared)
+        except Damaged as damage:
+            raise UserError(f"{store}: {damage}. Restore the store from a copy", ExitCode.DAMAGED) from None
 
 
 def snapshots(run: Path, config: dict[str, Any], folder: Path) -> Path:
@@ -108,14 +109,20 @@ class Models:
                 f"learner.checkpoint.every = 1 and learner.checkpoint.keep = learner.versions, or with "
                 f"learner.checkpoint.every above learner.versions; both keep all versions"
             )
-        return unseal(file.read_bytes())
+        try:
+            return unseal(file.read_bytes())
+        except Damaged as damage:
+            raise Damaged(f"version {version} ({file.name}): {damage}") from None
 
     @contextmanager
     def object(self, manifest: Manifest) -> Iterator[Iterator[bytes]]:
         """See VersionSource. Compares the digest at the end of the block."""
         objects = self._store / "objects"
         hashed = Hashed(joined(manifest, lambda digest: iter([(objects / digest).read_bytes()])), manifest)
-        yield hashed.chunks()
+        try:
+            yield hashed.chunks()
+        except FileNotFoundError as error:
+            raise Damaged(f"an object of version {manifest.version} is missing: {error.filename}") from None
         hashed.verify()
 
     def _load(self, version: int) -> Any:
@@ -319,25 +326,6 @@ def routes_of(together: list[tuple[int, str, dict[str, Any], int, np.ndarray]]) 
     for i, (length, _, batch, row, _) in enumerate(together):
         routes[i, :length] = batch["routes"][row, :length]
     return routes
-
-
-def micro_batches(path: Path) -> list[dict[str, Any]]:
-    """Return the micro-batches of a recorded version. Raises Lacking if the record has no layout."""
-    names = (
-        "tokens", "versions", "behavior", "proximal", "current", "temperatures", "lengths", "first", "exact", "passes",
-        "trajectories",
-    )  # fmt: skip
-    with np.load(path) as file:
-        count = sum(name.startswith("tokens_") for name in file.files)
-        if lacking := {f"{name}_{i}" for name in names for i in range(count)} - set(file.files):
-            raise Lacking(
-                f"{path} lacks {min(lacking)}: an older release recorded the run; rescore it with that release"
-            )
-        return [
-            {"now": file["now"], "routes": file[f"routes_{i}"] if f"routes_{i}" in file.files else None}
-            | {name: file[f"{name}_{i}"] for name in names}
-            for i in range(count)
-        ]
 
 
 def means(by_staleness: dict[int, list[np.ndarray]]) -> dict[str, float]:

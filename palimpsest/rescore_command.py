@@ -25,13 +25,12 @@ ones.
 
 import argparse
 import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
 
 def command(words: Sequence[str]) -> None:
-    """Compare, and print one JSON line. Exits with 2 for arguments that cannot be used."""
+    """Compare, and print one JSON line. Exits with 2 for arguments that cannot be used. Raises UserError."""
     parser = argparse.ArgumentParser(
         prog="palimpsest rescore", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,13 +40,14 @@ def command(words: Sequence[str]) -> None:
     options = parser.parse_args(words)
     if options.every < 1:
         parser.error(f"--every {options.every}: must be at least 1")
-    run_file = options.run / "run.toml"
-    if not run_file.is_file():
-        parser.error(f"{options.run}: not the folder of a run (it has no run.toml)")
-    from palimpsest.rescore import Lacking, main  # imports torch, which takes seconds
+    from palimpsest.services.report.folder import read_run_config
+
+    config = read_run_config(options.run).model_dump(mode="json")
+    from palimpsest.rescore import main  # imports torch, which takes seconds
+    from palimpsest.rescore_records import Lacking
 
     try:
-        result = main(options.run, tomllib.loads(run_file.read_text()), options.model, options.every)
+        result = main(options.run, config, options.model, options.every)
     except Lacking as error:
         parser.error(str(error))
     print(json.dumps(result))

@@ -31,7 +31,8 @@ from palimpsest.services.live.history_tail import accumulate
 from palimpsest.services.live.poller import RunObservation, ServiceObservation, StatusReply
 from palimpsest.services.live.state import LEARNER, Plan, State, state
 from palimpsest.services.live.view import view
-from palimpsest.services.report.folder import Line, Seconds, history, read_run_config, read_seconds
+from palimpsest.services.report.folder import Seconds, history, read_run_config, read_seconds
+from palimpsest.services.report.history_line import Line
 
 ROOT = Path(__file__).parents[1]
 COLUMNS, ROWS = 108, 40

@@ -2,13 +2,25 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import msgspec
 
 from palimpsest.common import run_folder
-from palimpsest.common.evaluation.estimates import parse_results, text
+from palimpsest.common.evaluation.estimates import EnvironmentResult, parse_results, text
 from palimpsest.common.user_error import ExitCode, UserError
+
+
+class _Scored(TypedDict):
+    offered: int
+    scored: int
+
+
+class _EvaluationLine(TypedDict):
+    version: int
+    evaluation: dict[str, EnvironmentResult]
+    trajectories: _Scored
+    best: int | None
 
 
 def evaluation_lines(home: Path) -> list[dict[str, Any]]:
@@ -21,10 +33,10 @@ def evaluation_lines(home: Path) -> list[dict[str, Any]]:
     lines = []
     for number, line in enumerate(body.split(b"\n")[:-1], start=1):
         try:
-            values: dict[str, Any] = msgspec.json.decode(line, type=dict[str, Any])
-            parse_results(values["evaluation"])
+            values: dict[str, Any] = msgspec.json.decode(line)
+            msgspec.convert(values, _EvaluationLine)
             lines.append(values)
-        except (msgspec.DecodeError, UnicodeDecodeError, KeyError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{path}, line {number}: {error}. Restore the file from a backup", ExitCode.DAMAGED
             ) from None

@@ -1,6 +1,7 @@
 """Reads recorded batches (`records/*.npz`) trajectory by trajectory, for the page and the report."""
 
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -111,22 +112,29 @@ def tokens(folder: Path, version: int, row: int, limit: int, decode: Callable[[i
         )
 
 
+_DAMAGE = OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error
+"""What numpy and zipfile raise for a file that is no archive, lacks an array, or holds damaged bytes."""
+
+
 class _Batch:
     """One file, of which an array is read only when it is needed."""
 
     def __init__(self, folder: Path, version: int) -> None:
         path = folder / f"{version:08d}.npz"
+        self._path = path
         try:
             self._file = np.load(path)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except _DAMAGE as error:
             raise FileNotFoundError(path) from error
         self._read: dict[str, NDArray[Any]] = {}
 
     def __enter__(self) -> "_Batch":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._file.close()
+        if isinstance(error, _DAMAGE):
+            raise FileNotFoundError(self._path) from error
 
     @property
     def now(self) -> int:

@@ -1,5 +1,6 @@
 """Follows a run's history and keeps only what the view needs: a line has 20 kB, and a run has tens of thousands."""
 
+import contextlib
 import math
 from array import array
 from collections import deque
@@ -7,9 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
-from palimpsest.services.report.folder import Line
+from palimpsest.services.report.history_line import Line, UnreadableLine, parse_line
 from palimpsest.services.report.summary import is_first_after_start
 
 PACE = 20
@@ -89,7 +88,10 @@ class HistoryTail:
         self._accumulator = HistoryAccumulator()
 
     def read(self, now: float) -> TrainedVersions:
-        """Read the complete lines added since; after a truncation, read from the start. `now`: time.monotonic()."""
+        """Read the complete lines added since; after a truncation, read from the start. `now`: time.monotonic().
+
+        Lines that cannot be read are left out.
+        """
         arrived = -math.inf if self._first else now
         self._first = False
         try:
@@ -103,7 +105,8 @@ class HistoryTail:
                 for line in file:
                     if not line.endswith(b"\n"):
                         break
-                    self._accumulator.add(msgspec.json.decode(line), arrived=arrived)
+                    with contextlib.suppress(UnreadableLine):  # the report names it; the view must not end the run
+                        self._accumulator.add(parse_line(line), arrived=arrived)
                     self._last, self._last_at = line, at
                     at += len(line)
         except FileNotFoundError:

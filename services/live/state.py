@@ -12,7 +12,7 @@ from palimpsest.services.live.history_tail import TrainedVersions, VersionPace
 from palimpsest.services.live.outages import NAMES, EndedOutage, Outage
 from palimpsest.services.live.poller import RunObservation, ServiceObservation
 from palimpsest.services.local.exit_reasons import Crash
-from palimpsest.services.report.folder import Line
+from palimpsest.services.report.history_line import Line
 from palimpsest.services.report.labels import in_words
 
 RECENT = 5

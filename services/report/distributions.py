@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 
 from palimpsest.services.report.aggregates import WRONGS, leak
 from palimpsest.services.report.charts import BLUE, GRAY, ORANGE, Figure, color, line, short
-from palimpsest.services.report.folder import Line
+from palimpsest.services.report.history_line import Line
 from palimpsest.services.report.labels import names
 
 EDGES = ("-2", "-1", "-.5", "-.2", "-.1", "-.05", "-.02", "-.01", ".01", ".02", ".05", ".1", ".2", ".5", "1", "2")

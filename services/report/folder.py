@@ -40,10 +40,8 @@ from palimpsest.common.trajectory import trainable
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.learner.buffer.ledger import LedgerState
 from palimpsest.services.learner.checkpointing.manifest import MANIFEST, complete
+from palimpsest.services.report.history_line import Line, UnreadableLine, parse_line
 from palimpsest.services.snapshot_store.offline import StorageClaims, open_offline
-
-Line = dict[str, Any]
-"""One trained version, as services/learner/observability/version_record.py writes it."""
 
 
 class Seconds(Struct, frozen=True):
@@ -133,7 +131,7 @@ def read_run_config(folder: Path) -> RunConfig:
 def history(path: Path, *, length: int | None = None) -> Iterator[Line]:
     """Yield the lines of the first `length` bytes (default: all), without an incomplete last line.
 
-    Raises UserError for a line before it that cannot be read.
+    Raises UserError for a line before it that cannot be read or lacks a key.
     """
     try:
         body = path.read_bytes()[:length]
@@ -142,9 +140,9 @@ def history(path: Path, *, length: int | None = None) -> Iterator[Line]:
     whole = body.split(b"\n")[:-1]
     for number, line in enumerate(whole, start=1):
         try:
-            yield msgspec.json.decode(line)
-        except msgspec.DecodeError as error:
-            raise UserError(f"{path}, line {number}: {error}", ExitCode.DAMAGED) from None
+            yield parse_line(line)
+        except UnreadableLine as error:
+            raise UserError(f"{path}, line {number}: {error}. Restore the file from a copy", ExitCode.DAMAGED) from None
 
 
 def newest_checkpoint(folder: Path) -> CheckpointSummary | None:

@@ -17,7 +17,7 @@ from palimpsest.services.report.charts import (
     line,
     moving_mean,
 )
-from palimpsest.services.report.folder import Line
+from palimpsest.services.report.history_line import Line
 from palimpsest.services.report.summary import is_first_after_start
 
 

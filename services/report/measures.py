@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 
 from palimpsest.services.report.aggregates import weighted_mean
 from palimpsest.services.report.charts import BLUE, GRAY, GREEN, ORANGE, PURPLE, Figure, color, line, short
-from palimpsest.services.report.folder import Line
+from palimpsest.services.report.history_line import Line
 from palimpsest.services.report.labels import names
 
 FEW = 30

@@ -16,7 +16,7 @@ from palimpsest.common.text import count, duration
 from palimpsest.services.report.changes import changes_figure
 from palimpsest.services.report.charts import Figure
 from palimpsest.services.report.evaluations import evaluations_figure
-from palimpsest.services.report.folder import Line
+from palimpsest.services.report.history_line import Line
 from palimpsest.services.report.style import SCRIPT
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"

@@ -19,7 +19,7 @@ from palimpsest.services.report.charts import (
     log_axis,
     short,
 )
-from palimpsest.services.report.folder import Line
+from palimpsest.services.report.history_line import Line
 from palimpsest.services.report.labels import EXACT, names
 from palimpsest.services.report.summary import mean_by_staleness, tokens_by_staleness
 

@@ -7,7 +7,7 @@ from plotly.subplots import make_subplots
 
 from palimpsest.common.messages import VersionApplied
 from palimpsest.services.report.charts import BLUE, GRAY, GREEN, ORANGE, PURPLE, RED, Figure, color, dots, line, short
-from palimpsest.services.report.folder import Line
+from palimpsest.services.report.history_line import Line
 from palimpsest.services.report.learning import mark_changes, mark_starts
 from palimpsest.services.report.summary import is_first_after_start
 

@@ -14,7 +14,8 @@ from palimpsest.common.files import write
 from palimpsest.common.messages import WorkerAlive
 from palimpsest.services.report.aggregates import alert_spans, leak, removal, stored, token_fates
 from palimpsest.services.report.changes import change_list, planned_versions
-from palimpsest.services.report.folder import Contents, Line
+from palimpsest.services.report.folder import Contents
+from palimpsest.services.report.history_line import Line
 from palimpsest.services.report.labels import coverage, methods
 
 MEASURES = (

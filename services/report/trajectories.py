@@ -12,13 +12,12 @@ MOST_TRAJECTORIES, MOST_TOKENS = 6, 1500
 
 def chosen_trajectories(contents: Contents) -> list[TrajectoryTokens]:
     """Return the trajectories of the newest recorded batch with the most removed tokens; none without a batch."""
-    folder = contents.folder / run_folder.RECORDS
+    folder, decode = contents.folder / run_folder.RECORDS, token_text(contents.config.model.path)
     for version in reversed(records.recorded(folder, 2)):
         try:
             known = records.overview(folder, version, 1000)
+            known.sort(key=lambda one: -(one.removed or 0))
+            return [records.tokens(folder, version, one.row, MOST_TOKENS, decode) for one in known[:MOST_TRAJECTORIES]]
         except FileNotFoundError:
             continue  # damaged, or deleted meanwhile
-        known.sort(key=lambda one: -(one.removed or 0))
-        decode = token_text(contents.config.model.path)
-        return [records.tokens(folder, version, one.row, MOST_TOKENS, decode) for one in known[:MOST_TRAJECTORIES]]
     return []

@@ -3,7 +3,7 @@
 from typing import Any
 
 from palimpsest.services.live.poller import ServiceObservation, StatusReply
-from palimpsest.services.report.folder import Line
+from palimpsest.services.report.history_line import Line
 
 
 def a_line(

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.rescore_command import command
 
-RUN = 'model = { path = "none", attention = "eager" }\nsnapshot_store = { storage = "folder" }\n'
+RUN = 'run.id = "test"\nmodel.path = "none"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
 
 
 @pytest.fixture
@@ -42,7 +43,8 @@ def error_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 def test_a_folder_without_a_run_and_an_invalid_step_are_refused(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "not the folder of a run" in error_of(monkeypatch, capsys, run / "records")
+    with pytest.raises(UserError, match="not the folder of a run"):
+        command([str(run / "records")])
     assert "--every 0: must be at least 1" in error_of(monkeypatch, capsys, run, "--every", "0")
 
 
@@ -66,3 +68,29 @@ def test_a_record_without_old_log_probs_is_not_compared(
 ) -> None:
     record(run, versions=[-1, -1])
     assert "has an old log-prob: the run used a surrogate" in error_of(monkeypatch, capsys, run)
+
+
+@pytest.mark.parametrize("text", [b"run = [", b"\xff\xfe", b"run.id = 3\n"])
+def test_a_damaged_run_file_is_named(run: Path, text: bytes) -> None:
+    (run / "run.toml").write_bytes(text)
+    with pytest.raises(UserError, match=r"run\.toml: "):
+        command([str(run)])
+
+
+@pytest.mark.parametrize("length", [0, 40, 1500])
+def test_a_truncated_record_is_named(
+    run: Path, length: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(run, versions=[-1, 4], exact=True)
+    path = run / "records" / "00000000.npz"
+    path.write_bytes(path.read_bytes()[:length])
+    assert f"{path} is damaged (" in error_of(monkeypatch, capsys, run)
+
+
+def test_a_damaged_manifest_of_a_version_is_named(run: Path) -> None:
+    record(run, versions=[-1, 4], exact=True)
+    (run / "snapshots" / "versions").mkdir(parents=True)
+    (run / "snapshots" / "versions" / "00000004.json").write_text("{}")
+    with pytest.raises(UserError, match=r"version 4 \(00000004\.json\): .* Restore the store from a copy") as error:
+        command([str(run)])
+    assert error.value.code is ExitCode.DAMAGED

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from palimpsest.services.live.history_tail import PACE, HistoryTail, TrainedVersions
-from palimpsest.services.report.folder import Line
+from palimpsest.services.report.history_line import Line
 from tests.records.history_lines import a_line
 
 
@@ -89,3 +89,9 @@ def test_lines_are_not_kept_in_memory(tmp_path: Path):
     assert all(isinstance(step.seconds, float) for step in kept.newest)
     held = [value for value in vars(tail._accumulator).values() if not isinstance(value, dict)]
     assert sum(len(repr(value)) for value in held) < 20_000
+
+
+def test_a_line_that_cannot_be_read_is_left_out(tmp_path: Path):
+    path, (first, second) = tmp_path / "history.jsonl", a_history(2)
+    path.write_bytes(written([first]) + b'{"version": 1}\n[]\n{"\xff\n' + written([second]))
+    assert agrees(HistoryTail(path).read(0.0), [first, second])

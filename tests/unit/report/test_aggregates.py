@@ -9,7 +9,8 @@ import pytest
 
 from palimpsest.services.report.aggregates import alert_spans, leak, removal, stored, token_fates
 from palimpsest.services.report.figures import figures
-from palimpsest.services.report.folder import Contents, Line, read_run_config
+from palimpsest.services.report.folder import Contents, read_run_config
+from palimpsest.services.report.history_line import Line
 from palimpsest.services.report.labels import EXACT, SURROGATE, coverage, in_words, methods, names
 from palimpsest.services.report.page import page
 from palimpsest.services.report.summary import summarize

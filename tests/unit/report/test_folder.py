@@ -1,6 +1,7 @@
 """Reading run folders: truncated, resumed, and moved."""
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -20,12 +21,14 @@ from palimpsest.common.messages import (
     encode,
 )
 from palimpsest.common.rejected_record import RejectCause
-from palimpsest.common.user_error import UserError
+from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.checkpointing.manifest import folder_name
 from palimpsest.services.report.folder import Seconds, contents, history, newest_checkpoint, read_seconds
+from palimpsest.services.report.history_line import Line
+from palimpsest.services.report.summary import summarize
 from tests.records.builders import SAMPLING, a_finished
-from tests.records.history_lines import a_line
+from tests.records.history_lines import a_full_line, a_line
 
 RUN = 'run.id = "test"\nmodel.path = "m"\ntasks.environments = { lookup = 1.0 }\nlearner.versions = 3\n'
 
@@ -60,9 +63,60 @@ def test_an_incomplete_last_line_is_ignored(folder: Path):
 
 def test_a_damaged_line_before_the_last_is_refused(folder: Path):
     path = folder / "history.jsonl"
-    path.write_bytes(b'{"version": 0}\n{"vers\n{"version": 2}\n')
+    path.write_bytes(msgspec.json.encode(a_line(0)) + b'\n{"vers\n{"version": 2}\n')
     with pytest.raises(UserError, match=r"history\.jsonl, line 2"):
         list(history(path))
+
+
+def without(line: Line, *keys: str) -> Line:
+    """The line without the key at this path."""
+    first, *inner = keys
+    if not inner:
+        return {key: value for key, value in line.items() if key != first}
+    return line | {first: without(line[first], *inner)}
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (without(a_full_line(0), "reward"), "reward"),
+        (without(a_full_line(0), "by_staleness", "0", "entropy"), "entropy"),
+        (without(a_full_line(0), "ratios", "discrepancy", "0", "bins"), "bins"),
+        (without(a_full_line(0), "versions", "oldest", "1"), r"versions\.oldest"),
+        (a_full_line(0) | {"tokens": "many"}, r"\$\.tokens"),
+        (a_full_line(0) | {"batch": 0}, r"\$\.batch"),
+        (a_full_line(0) | {"by_staleness": {"x": {}}}, "by_staleness"),
+        ([], "Expected `object`"),
+    ],
+)
+def test_a_line_that_lacks_a_key_or_has_another_type_is_named(folder: Path, line: Any, named: str):
+    lines = [a_full_line(0), line]
+    (folder / "history.jsonl").write_bytes(b"".join(msgspec.json.encode(each) + b"\n" for each in lines))
+    with pytest.raises(UserError, match=rf"history\.jsonl, line 2: .*{named}.* Restore") as error:
+        contents(folder)
+    assert error.value.code is ExitCode.DAMAGED
+
+
+def test_a_line_of_an_older_release_needs_no_newer_key(folder: Path):
+    write_history(folder, 1)
+    summary = summarize(contents(folder))
+    assert (summary["removal"], summary["leak"], summary["stored"]) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (b"{}", "version"),
+        (b'{"version": 1, "evaluation": {}, "trajectories": {"offered": 4}, "best": null}', "scored"),
+        (b'{"version": 1, "evaluation": [], "trajectories": {"offered": 4, "scored": 4}, "best": null}', "evaluation"),
+        (b"[]", "object"),
+        (b"\xff", "line 1"),
+    ],
+)
+def test_a_damaged_evaluation_is_named(folder: Path, line: bytes, named: str):
+    (folder / "evaluations.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(UserError, match=rf"evaluations\.jsonl, line 1.*{named}|evaluations\.jsonl, {named}"):
+        contents(folder)
 
 
 def test_lines_after_the_newest_checkpoint_do_not_count(folder: Path):

@@ -7,7 +7,8 @@ import pytest
 from palimpsest.common.messages import VersionApplied, WorkerAlive
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.buffer.ledger import LedgerState
-from palimpsest.services.report.folder import CheckpointSummary, Contents, Line, LogSummary, Seconds, read_run_config
+from palimpsest.services.report.folder import CheckpointSummary, Contents, LogSummary, Seconds, read_run_config
+from palimpsest.services.report.history_line import Line
 from palimpsest.services.report.summary import last_heartbeats, learner_wait_share, mean_by_staleness, summarize, tenth
 from tests.records.history_lines import a_line
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from palimpsest.common.page import records
@@ -58,3 +59,17 @@ def test_a_missing_or_damaged_batch_and_a_missing_row_are_errors(tmp_path: Path)
             records.overview(tmp_path, version, 10)
     with pytest.raises(IndexError):
         records.tokens(tmp_path, 3, 2, 10, str)
+
+
+def test_a_batch_with_damaged_or_missing_arrays_is_damaged(tmp_path: Path) -> None:
+    write_batch(tmp_path, now=3)
+    path = tmp_path / "00000003.npz"
+    whole = path.read_bytes()
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files if not name.startswith("behavior")}
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FileNotFoundError):
+        records.overview(tmp_path, 3, 10)
+    np.savez(path, **arrays)
+    with pytest.raises(FileNotFoundError):
+        records.tokens(tmp_path, 3, 0, 10, str)

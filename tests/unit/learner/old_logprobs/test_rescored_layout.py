@@ -14,7 +14,8 @@ from palimpsest.common.base_model import base_digest
 from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.versions import Version
-from palimpsest.rescore import Lacking, Models, rescore
+from palimpsest.rescore import Models, rescore
+from palimpsest.rescore_records import Lacking
 from palimpsest.services.learner.batch.batching import FREE, Row
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.lora import add_adapter
