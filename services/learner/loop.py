@@ -104,7 +104,7 @@ class Loop:
             )
         broadcast_state(self._policy, self._state, self._ranks)
         self._confirm()
-        self.use_settings(self._control.restore(control))
+        self._control.restore(control, self)
         self._history = self._records.open_history(history_bytes)
         self._records.reporter.start()
         self.version = self._publishing.start(self.version, now=time.time())

@@ -10,6 +10,7 @@ from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.config.to_toml import to_toml
 from palimpsest.common.file_errors import usable_folder
 from palimpsest.common.files import write
+from palimpsest.common.resumed_settings import hand_over, stated_settings
 from palimpsest.common.trajectory_limit import with_limit
 from palimpsest.common.user_error import UserError
 from palimpsest.services.local.lock import RunLock
@@ -59,5 +60,7 @@ def prepare_run(invocation: Invocation, *, now: datetime.datetime) -> PreparedRu
     lock = RunLock(home, now=now)
     if invocation.resume is None and saved.exists():
         raise UserError(f"{home} already holds a run: continue it with --resume {home}, or choose another --run.id")
+    if invocation.resume is not None:
+        hand_over(home, stated_settings(load([str(saved)], {}, program="").config, config, invocation.overrides))
     write(saved, to_toml(config).encode())
     return PreparedRun(config, saved, lock)

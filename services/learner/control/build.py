@@ -42,6 +42,7 @@ def build_control(
         publish=publisher.record_change,
         earlier=lambda: recorded_changes(bus, config.run.id, ControlCheck(store)),
         writer=lambda: writer.epoch,
+        home=config.run.home,
     )
 
 

@@ -5,17 +5,20 @@ an order, so a change concerns whole versions. The record of a change is on the 
 applies the records that its checkpoint does not hold.
 """
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.config.settings import SettingRefused, value_of, values_of, with_settings
-from palimpsest.common.control.changes import Change, ChangeState
+from palimpsest.common.control.changes import Caller, Change, ChangeState
 from palimpsest.common.control.desk import ControlDesk
 from palimpsest.common.control_messages import ControlChanged
 from palimpsest.common.logs import logger
+from palimpsest.common.resumed_settings import stated, taken
 from palimpsest.common.staleness_bound import StalenessBound
 from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
@@ -73,14 +76,15 @@ class RunControl:
         publish: Callable[[ControlChanged], None],
         earlier: Callable[[], Iterable[ControlChanged]] = tuple,
         writer: Callable[[], int] = int,
+        home: Path | None = None,
     ) -> None:
         """config: of the run file.
 
         publish: puts a record on the log, after confirming that the run still belongs to this learner. earlier: returns
-        the run's records that are on the log. writer: returns the epoch of this learner.
+        the run's records that are on the log. writer: returns the epoch of this learner. home: folder of the run.
         """
         self._started_with, self._desk = config, desk
-        self._publish, self._earlier, self._writer = publish, earlier, writer
+        self._publish, self._earlier, self._writer, self._home = publish, earlier, writer, home
         self._state = ControlState()
         self.current = CurrentSettings(config)
 
@@ -111,10 +115,11 @@ class RunControl:
         """Return the staleness bound with all its changes."""
         return StalenessBound(self._started_with.learner.max_staleness, self._state.bounds)
 
-    def restore(self, state: ControlState) -> RunConfig:
-        """Continue from a checkpoint and the later records on the log. Return the settings to use.
+    def restore(self, state: ControlState, loop: Controlled) -> None:
+        """Continue from a checkpoint and the later records on the log, and let the loop use the settings.
 
-        Raises UserError if the settings no longer fit the run file.
+        Settings that the command line of `--resume` states are applied as a change. Raises UserError if the settings
+        no longer fit the run file, or the stated ones cannot be used.
         """
         self._state = state
         for record in self._earlier():
@@ -131,8 +136,9 @@ class RunControl:
                 "settings restored", generation=self._state.generation, values=self._state.values,
                 paused=self._state.paused,
             )  # fmt: skip
+        loop.use_settings(config)
+        self._apply_stated(loop)
         self._export()
-        return config
 
     def at_safe_point(self, loop: Controlled) -> None:
         """Apply all requested changes."""
@@ -170,6 +176,25 @@ class RunControl:
         self.current = CurrentSettings(changed, self._state.generation)
         loop.use_settings(changed)
         return before
+
+    def _apply_stated(self, loop: Controlled) -> None:
+        """Apply the settings that the command line of `--resume` states and that differ from those in force."""
+        if self._home is None or not (named := stated(self._home)):
+            return
+        try:
+            wanted = with_settings(self._started_with, named)
+            if new := {name: value for name in named if (value := value_of(wanted, name)) != self._in_force(name)}:
+                change = Change(
+                    id=f"resume-{self._state.number + 1}", kind="settings", what=new, requested_at=time.time(),
+                    caller=Caller("command line", "tune", ""), applies_from="with the resumed run",
+                )  # fmt: skip
+                self._apply_settings(change, loop)
+        except SettingRefused as error:
+            raise UserError(f"the command line of --resume: {error}. Leave the flag out") from None
+        taken(self._home)
+
+    def _in_force(self, name: str) -> Any:
+        return value_of(self.current.config, name)
 
     def _record(self, change: Change, before: Mapping[str, Any], loop: Controlled) -> None:
         caller = change.caller

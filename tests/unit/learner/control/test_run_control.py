@@ -1,13 +1,16 @@
 """Changes at the safe points of the loop: their records, their effects, and a restart."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.config.settings import with_settings
 from palimpsest.common.control.changes import Caller, Change
 from palimpsest.common.control.desk import ControlDesk
 from palimpsest.common.control_messages import ControlChanged
+from palimpsest.common.resumed_settings import hand_over, stated, stated_settings
 from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.control.run_control import RunControl
@@ -53,10 +56,12 @@ def config() -> RunConfig:
 
 
 class Parts:
-    def __init__(self, config: RunConfig, writer: int = 1, earlier: tuple[ControlChanged, ...] = ()) -> None:
+    def __init__(
+        self, config: RunConfig, writer: int = 1, earlier: tuple[ControlChanged, ...] = (), home: Path | None = None
+    ) -> None:
         self.loop, self.desk = RecordedLoop(), ControlDesk("c", clock=iter(range(1000)).__next__)
         self.control = RunControl(
-            config, self.desk, publish=self.loop.log.append, earlier=lambda: earlier, writer=lambda: writer
+            config, self.desk, publish=self.loop.log.append, earlier=lambda: earlier, writer=lambda: writer, home=home
         )
 
     def do(self, kind: str, **what: Any) -> Change:
@@ -132,11 +137,59 @@ def test_a_restart_goes_on_with_the_checkpoint_and_the_later_records(config: Run
     before.do("settings", **{"learner.loss.clip_low": 0.1})
     before.do("pause", what="offers")
     after = Parts(config, writer=2, earlier=tuple(before.records()))
-    used = after.control.restore(saved)
+    after.control.restore(saved, after.loop)
+    used = after.control.current.config
+    assert after.loop.log == [("settings", 1e-3)]
     assert (used.learner.optimizer.lr, used.learner.loss.clip_low) == (1e-3, 0.1)
     assert (after.control.current.generation, after.control.paused_by("offers")) == (2, "ann")
     after.do("resume")
     assert after.records()[-1].number == 4
+
+
+def test_a_value_on_the_command_line_of_a_resumed_run_wins_over_an_earlier_change(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    before = Parts(config)
+    before.do("settings", **{"learner.versions": 20, LR: 1e-3})
+    resumed = with_settings(config, {"learner.versions": 25})
+    hand_over(tmp_path, stated_settings(config, resumed, ["--learner.versions=25"]))
+    after = Parts(resumed, writer=2, earlier=tuple(before.records()), home=tmp_path)
+    after.control.restore(ControlState(), after.loop)
+    (record,) = after.records()
+    assert (record.who, record.number, record.before, record.after) == (
+        "command line", 2, {"learner.versions": 20}, {"learner.versions": 25},
+    )  # fmt: skip
+    assert (after.control.learner.versions, after.control.learner.optimizer.lr) == (25, 1e-3)
+    after.do("settings", **{"learner.versions": 28})
+    again = Parts(resumed, writer=3, earlier=(*before.records(), *after.records()), home=tmp_path)
+    again.control.restore(ControlState(), again.loop)
+    assert again.records() == [], "a restart of the learner states nothing"
+    assert again.control.learner.versions == 28
+
+
+def test_a_value_on_the_command_line_that_is_in_force_is_no_change(config: RunConfig, tmp_path: Path) -> None:
+    hand_over(tmp_path, stated_settings(config, config, ["--learner.versions=30"]))
+    parts = Parts(config, home=tmp_path)
+    parts.control.restore(ControlState(), parts.loop)
+    assert (parts.records(), stated(tmp_path)) == ([], {})
+
+
+def test_a_value_on_the_command_line_that_cannot_be_used_ends_the_start(config: RunConfig, tmp_path: Path) -> None:
+    before = Parts(config)
+    before.do("settings", **{"learner.versions": 40})
+    hand_over(tmp_path, stated_settings(config, with_settings(config, {"learner.versions": 4}), []))
+    after = Parts(config, writer=2, earlier=tuple(before.records()), home=tmp_path)
+    with pytest.raises(UserError, match=r"command line of --resume: learner\.versions: 5 versions are trained"):
+        after.control.restore(ControlState(), after.loop)
+
+
+def test_only_settings_with_a_flag_or_another_value_are_stated(config: RunConfig) -> None:
+    flags = ["--learner.checkpoint={every=1}", "--learner.optimizer.lr=1e-6", "--run.export=false"]
+    named = stated_settings(config, with_settings(config, {"learner.record": True}), flags)
+    assert named == {
+        "learner.checkpoint.every": 1, "learner.checkpoint.keep": config.learner.checkpoint.keep, LR: 1e-6,
+        "learner.record": True,
+    }  # fmt: skip
 
 
 def test_a_record_of_a_learner_that_was_replaced_is_ignored() -> None:
@@ -157,7 +210,7 @@ def test_a_temperature_is_kept_with_its_first_group(parts: Parts) -> None:
 def test_settings_that_do_not_fit_the_run_file_any_more_end_the_start(config: RunConfig) -> None:
     state = ControlState(number=1, writer=1, generation=1, values={"learner.optimizer.lr": "fast"})
     with pytest.raises(UserError, match=r"do not fit its run file: learner\.optimizer\.lr"):
-        Parts(config).control.restore(state)
+        Parts(config).control.restore(state, RecordedLoop())
 
 
 def test_a_changed_staleness_bound_is_kept_with_its_version(config: RunConfig) -> None:
@@ -167,7 +220,8 @@ def test_a_changed_staleness_bound_is_kept_with_its_version(config: RunConfig) -
     before.do("settings", **{"learner.max_staleness": 2})
     assert before.control.state().bounds == ((5, 6), (9, 2))
     after = Parts(config, writer=2, earlier=tuple(before.records()))
-    assert after.control.restore(ControlState()).learner.max_staleness == 2
+    after.control.restore(ControlState(), after.loop)
+    assert after.control.learner.max_staleness == 2
     bound = after.control.staleness_bound()
     assert [bound.allowed(Version(version)) for version in (4, 5, 9, 15, 16)] == [4, 4, 6, 6, 2]
 
