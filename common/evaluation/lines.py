@@ -11,7 +11,7 @@ from palimpsest.common.evaluation.estimates import EnvironmentResult, parse_resu
 from palimpsest.common.user_error import ExitCode, UserError
 
 
-class _Scored(TypedDict):
+class _EvaluatedTrajectories(TypedDict):
     offered: int
     scored: int
 
@@ -19,7 +19,7 @@ class _Scored(TypedDict):
 class _EvaluationLine(TypedDict):
     version: int
     evaluation: dict[str, EnvironmentResult]
-    trajectories: _Scored
+    trajectories: _EvaluatedTrajectories
     best: int | None
 
 

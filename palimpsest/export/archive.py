@@ -8,6 +8,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from palimpsest.common.file_errors import file_errors_as_user_errors
 from palimpsest.common.files import atomic_write
 from palimpsest.common.snapshots.manifest import Damaged, Manifest, unseal
 from palimpsest.common.text import count
@@ -41,8 +42,8 @@ def read_archive(stored: StoredVersions, path: Path) -> str:
     """Add the versions of the file to the store. Return a sentence.
 
     Versions that the store holds with the same weights stay as they are, and get back objects that are missing or
-    damaged. Raises UserError if the file is damaged, of
-    another run, or holds other weights under a number of the store; nothing before that place is taken back.
+    damaged. A version whose manifest is damaged is replaced. Raises UserError if the file is damaged, of another run,
+    or holds other weights under a number of the store; nothing before that place is taken back.
     """
     bodies: dict[str, bytes] = {}
     outcomes = Counter[str]()
@@ -64,7 +65,8 @@ def read_archive(stored: StoredVersions, path: Path) -> str:
                     raise Damaged(f"{member.name} has {member.size} bytes")
                 sealed = file.read()
                 manifest = unseal(sealed)
-                outcomes[_import(stored, manifest, sealed, bodies)] += 1
+                with file_errors_as_user_errors():  # of the store: the file itself is whole
+                    outcomes[_import(stored, manifest, sealed, bodies)] += 1
                 bodies.clear()
     except (OSError, tarfile.TarError, Damaged) as error:
         raise UserError(f"{path} is not a file of `palimpsest store export`: {error}", ExitCode.DAMAGED) from None
@@ -78,7 +80,12 @@ def _import(stored: StoredVersions, manifest: Manifest, sealed: bytes, bodies: M
         raise Damaged(f"the object {missing[0][:12]} of version {manifest.version} is missing")
     stored.refuse_other_run(manifest)
     if manifest.version in stored.numbers():
-        there = stored.manifest(manifest.version)
+        try:
+            there = stored.manifest(manifest.version)
+        except UserError as error:
+            if error.code is not ExitCode.DAMAGED:
+                raise
+            return _replace(stored, manifest, sealed, bodies)
         if there.digest != manifest.digest:
             raise UserError(f"version {manifest.version} of the store has other weights: nothing was replaced")
         return RESTORED if stored.restore(there, bodies) else THERE
@@ -89,6 +96,18 @@ def _import(stored: StoredVersions, manifest: Manifest, sealed: bytes, bodies: M
         raise Damaged(f"version {manifest.version} is a delta to version {manifest.parent.version}, which is missing")
     stored.add(manifest, sealed, bodies)
     return ADDED
+
+
+def _replace(stored: StoredVersions, manifest: Manifest, sealed: bytes, bodies: Mapping[str, bytes]) -> str:
+    """Store the version in place of one whose manifest is damaged. Only its deltas still name its weights."""
+    for child, digest in stored.children(manifest.version).items():
+        if digest != manifest.digest:
+            raise UserError(
+                f"version {child} of the store is a delta to other weights of version {manifest.version}: nothing was "
+                f"replaced"
+            )
+    stored.replace(manifest, sealed, bodies)
+    return RESTORED
 
 
 def _add(archive: tarfile.TarFile, name: str, body: bytes) -> None:

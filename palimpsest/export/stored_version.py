@@ -4,7 +4,7 @@ import asyncio
 import re
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -166,6 +166,23 @@ class StoredVersions:
                 self._put_object(each.digest, bodies[each.digest])
             self._runner.run(self._storage.create(f"versions/{manifest.version:08d}.json", sealed))
 
+    def replace(self, manifest: Manifest, sealed: bytes, bodies: Mapping[str, bytes]) -> None:
+        """Store a version in place of one whose manifest is damaged: its objects first. bodies: by digest."""
+        with self.user_errors():
+            for each in manifest.objects:
+                self._put_object(each.digest, bodies[each.digest])
+            self._put(f"versions/{manifest.version:08d}.json", sealed)
+
+    def children(self, version: int) -> dict[int, str]:
+        """Return the readable versions that are deltas to this one -> its digest, as they name it."""
+        found = {}
+        for number in self.numbers():
+            with suppress(UserError):
+                parent = self.manifest(number).parent
+                if parent is not None and parent.version == version:
+                    found[number] = parent.digest
+        return found
+
     def restore(self, manifest: Manifest, bodies: Mapping[str, bytes]) -> bool:
         """Store again the objects of a stored version that are missing or damaged. Return whether there was one.
 
@@ -180,10 +197,13 @@ class StoredVersions:
         return restored
 
     def _put_object(self, digest: str, body: bytes) -> None:
+        self._put(f"objects/{digest}", body, digest=digest)
+
+    def _put(self, key: str, body: bytes, *, digest: str | None = None) -> None:
         async def chunks() -> AsyncIterator[bytes]:
             yield body
 
-        self._runner.run(self._storage.put(f"objects/{digest}", chunks(), digest=digest))
+        self._runner.run(self._storage.put(key, chunks(), digest=digest))
 
     @contextmanager
     def user_errors(self, what: str = "") -> Iterator[None]:

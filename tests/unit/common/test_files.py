@@ -78,9 +78,17 @@ def test_a_failed_write_leaves_only_the_old_file(tmp_path: Path) -> None:
 
 def test_a_failed_rename_leaves_no_temporary_file(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(IsADirectoryError) as error:
         write(tmp_path / "folder", b"body")
+    assert error.value.filename == str(tmp_path / "folder")
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_an_error_of_the_temporary_file_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 250)  # with the ending of the temporary file the name is too long
+    with pytest.raises(OSError, match="too long") as error:
+        write(path, b"body")
+    assert error.value.filename == str(path)
 
 
 def test_a_process_killed_during_a_write_leaves_the_old_file(tmp_path: Path) -> None:

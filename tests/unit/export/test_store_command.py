@@ -145,6 +145,48 @@ def test_an_import_restores_the_objects_of_versions_that_are_there(
     assert len(lines(capsys, "verify", home)) == 3
 
 
+@pytest.mark.parametrize("version", [0, 1, 2])
+@pytest.mark.parametrize("damaged", [b"", b"{}", b"\xff", b'{"digest": "0", "manifest": {}}'])
+def test_an_import_replaces_a_damaged_manifest(
+    home: Path, tmp_path: Path, version: int, damaged: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = tmp_path / "two.tar"
+    lines(capsys, "export", home, 2, archive)
+    path = home / "snapshots" / "versions" / f"{version:08d}.json"
+    whole = path.read_bytes()
+    path.write_bytes(damaged)
+    assert lines(capsys, "import", home, archive) == ["0 versions added, 2 were there, 1 were restored"]
+    assert path.read_bytes() == whole
+    assert len(lines(capsys, "verify", home)) == 3
+
+
+def test_a_damaged_manifest_is_not_replaced_by_other_weights_than_its_delta_names(
+    home: Path, tmp_path: Path, starting_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    other, archive = a_run(tmp_path / "elsewhere" / "first", starting_model), tmp_path / "other.tar"
+    with (
+        Server(create_app(DiskStorage(other / "snapshots"), sweep_s=3600), "127.0.0.1", 0, key="") as server,
+        SnapshotClient(f"http://127.0.0.1:{server.port}") as client,
+    ):
+        Writer(client).begin()
+        client.put("first", Version(0), [RawTensor("w", "bfloat16", (2000,), weights(9))], [], writer=1)
+    lines(capsys, "export", other, 0, archive)
+    path = home / "snapshots" / "versions" / "00000000.json"
+    path.write_bytes(b"{}")
+    with pytest.raises(UserError, match="version 1 of the store is a delta to other weights of version 0"):
+        lines(capsys, "import", home, archive)
+    assert path.read_bytes() == b"{}"
+
+
+def test_an_export_onto_a_folder_names_the_folder(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(IsADirectoryError) as error:
+        store_command.store(["export", str(home), "2", str(tmp_path / "taken")])
+    assert error.value.filename == str(tmp_path / "taken")
+    assert list((tmp_path / "taken").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
