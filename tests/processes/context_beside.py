@@ -59,14 +59,14 @@ def learner(case: str) -> LearnerConfig:
 
 def beside(case: str, model: str, mesh: DeviceMesh, shared: ProcessGroup, alone: ProcessGroup) -> dict[str, Any]:
     """Results of a version, "shared" by the ranks of a group and "alone"."""
-    return {name: trained(case, model, mesh, ranks) for name, ranks in (("alone", alone), ("shared", shared))}
+    return {"alone": trained(case, model, None, alone), "shared": trained(case, model, mesh, shared)}
 
 
-def trained(case: str, model: str, mesh: DeviceMesh, ranks: ProcessGroup) -> dict[str, Any]:
-    """Results of one version. Tensors are whole."""
+def trained(case: str, model: str, mesh: DeviceMesh | None, ranks: ProcessGroup) -> dict[str, Any]:
+    """Results of one version. Tensors are whole. mesh: None: each rank has a whole model."""
     config, shards = learner(case), None
     policy: Any
-    if ranks.context is None:
+    if mesh is None:
         whole = load_model(model, CPU, "sdpa", layout="packed")
         if config.lora.rank:
             add_adapter(whole, config.lora)
@@ -102,7 +102,7 @@ def trained(case: str, model: str, mesh: DeviceMesh, ranks: ProcessGroup) -> dic
 
 
 def on_shards(config: LearnerConfig, model: str, mesh: DeviceMesh, ranks: ProcessGroup) -> tuple[Any, Shards]:
-    """A policy whose ranks share rows, and its shards."""
+    """A policy that is split over the ranks, and its shards. With a context, the ranks share rows."""
     lora = config.lora if config.lora.rank else LoraConfig()
     files = ModelFiles(model, "sdpa", mesh, ranks.device, layout="packed", context=ranks.context, lora=lora)
     if files.adapted:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from palimpsest.services.learner.batch.batching import Row, micro_batches, pad, partition_by_rank
 from palimpsest.services.learner.distributed import ProcessGroup
@@ -20,9 +20,11 @@ from palimpsest.services.learner.old_logprobs.passes import BatchScores
 from palimpsest.services.learner.sharding.load import ModelFiles
 from palimpsest.services.learner.sharding.shard_files import write_shards
 from palimpsest.services.learner.sharding.sharded_model import whole
-from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy
+from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy, like
+from tests.processes.averages_on_ranks import KINDS, averaged, built, results as averages_of
+from tests.processes.context_beside import BESIDE, trained
 from tests.processes.shard_on_ranks import OPTIMIZER, results, scores
-from tests.processes.sharded_versions import a_rank
+from tests.processes.sharded_versions import Versions, a_rank
 from tests.processes.train_on_ranks import NOW, some_rows
 
 FULL, HYBRID = "full", "hybrid, two nodes of two"
@@ -37,7 +39,7 @@ ROWS = [row for minibatch in MINIBATCHES for row in minibatch]
 
 
 def train_on_four(model: str, folder: Path) -> None:
-    """Save one file per mesh and rank, and a checkpoint of each mesh."""
+    """Save two files per mesh and rank, and a checkpoint of each mesh."""
     ranks = ProcessGroup(equal_passes=True)
     for name, (shape, dimensions) in MESHES.items():
         files = ModelFiles(model, "eager", init_device_mesh("cpu", shape, mesh_dim_names=dimensions), ranks.device)
@@ -55,7 +57,33 @@ def train_on_four(model: str, folder: Path) -> None:
         saved["files"] = write_shards(a_rank(sharded, files, ranks), checkpoint)
         saved |= {"steps": sharded.steps, "state": state(sharded), "scores after": scores(sharded.model, ROWS, ranks)}
         torch.save(saved, folder / f"{name} {ranks.rank}.pt")
+        torch.save(beside_the_policy(model, shape, dimensions, ranks), folder / f"{name}, beside {ranks.rank}.pt")
     ranks.close()
+
+
+def beside_the_policy(
+    model: str, shape: tuple[int, ...], dimensions: tuple[str, ...], ranks: ProcessGroup
+) -> dict[str, dict[str, Any]]:
+    """Case -> results with whole models on four ranks and with shards: of critics and adapters, and of averages."""
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=dimensions)
+    saved = {
+        case: {"replicated": trained(case, model, None, ranks), "sharded": trained(case, model, mesh, ranks)}
+        for case in BESIDE
+    }
+    with torch.no_grad():
+        return saved | {kind: averages(kind, model, mesh, ranks) for kind in KINDS}
+
+
+def averages(kind: str, model: str, mesh: DeviceMesh, ranks: ProcessGroup) -> dict[str, Any]:
+    """Three versions averaged by whole models and by shards."""
+    files = ModelFiles(model, "eager", mesh, ranks.device)
+    policy = ShardedPolicy(files.build(holds=torch.float32, trains=True), OPTIMIZER, ranks)
+    shards, store = a_rank(policy, files, ranks), Versions()
+    state_of_training = built(kind, policy, store, ranks, shards)
+    replicated = averaged(kind, model, policy, state_of_training, shards, store)
+    source: Any = state_of_training.source
+    means = [like(*both).full_tensor() for both in zip(policy.parameters, source.average.means, strict=True)]
+    return {"replicated": replicated, "sharded": averages_of(state_of_training, policy, means)}
 
 
 def continue_on_two(model: str, folder: Path) -> None:
