@@ -15,7 +15,7 @@ import msgspec
 from palimpsest.common import run_folder
 from palimpsest.common.config import load
 from palimpsest.common.config.schema import RunConfig
-from palimpsest.common.config.section import LOWEST_TEMPERATURE
+from palimpsest.common.config.section import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from palimpsest.common.config.session_environments import agent_programs
 from palimpsest.common.evaluation.estimates import parse_results, text
 from palimpsest.common.evaluation.tasks import held_out_tasks
@@ -278,6 +278,9 @@ def _temperature(own: Mapping[str, str], default: float) -> float:
         found = float(value)
     except ValueError:
         found = float("nan")
-    if not LOWEST_TEMPERATURE <= found < float("inf"):
-        raise UserError(f"--temperature {value}: must be a number of at least {LOWEST_TEMPERATURE}")
+    if not LOWEST_TEMPERATURE <= found <= HIGHEST_TEMPERATURE:
+        raise UserError(
+            f"--temperature {value}: must be a number of at least {LOWEST_TEMPERATURE} and at most "
+            f"{HIGHEST_TEMPERATURE:g}"
+        )
     return found

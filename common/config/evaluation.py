@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from palimpsest.common.config.agents import AgentConfig
-from palimpsest.common.config.section import LOWEST_TEMPERATURE, PositiveFloat, Section
+from palimpsest.common.config.section import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, PositiveFloat, Section
 
 
 class EvaluationConfig(Section):
@@ -24,8 +24,8 @@ class EvaluationConfig(Section):
     """Number of tasks of each environment."""
     samples: Annotated[int, Field(ge=1, le=1000)] = 4
     """Trajectories for each task: the k of avg@k and pass@k."""
-    temperature: Annotated[float, Field(ge=LOWEST_TEMPERATURE)] | None = None
-    """Sampling temperature, at least 0.01. Default: sampling.temperature."""
+    temperature: Annotated[float, Field(ge=LOWEST_TEMPERATURE, le=HIGHEST_TEMPERATURE)] | None = None
+    """Sampling temperature, 0.01 to 100. Default: sampling.temperature."""
     time_limit_s: PositiveFloat | None = None
     """Time limit of an evaluation, in seconds. Trajectories that arrive later do not count. Default:
     tasks.time_limit_s."""

@@ -18,6 +18,7 @@ from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.config.local import LocalConfig
 from palimpsest.common.config.proximal import PROXIMAL_KINDS
 from palimpsest.common.config.section import (
+    HIGHEST_TEMPERATURE,
     LOWEST_TEMPERATURE,
     FilePath,
     Positive,
@@ -80,8 +81,8 @@ class Tasks(Section):
 class SamplingConfig(Section):
     """How tokens are sampled for training."""
 
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature, at least 0.01. The inference engine and the learner compute log-probs at this
+    temperature: Annotated[float, Field(gt=0, le=HIGHEST_TEMPERATURE)] = 1.0
+    """Sampling temperature, 0.01 to 100. The inference engine and the learner compute log-probs at this
     temperature."""
     top_p: float = 1.0
     """Must be 1. Below 1 the engine renormalizes over a token set that the learner cannot reconstruct."""

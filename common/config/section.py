@@ -14,6 +14,9 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 LOWEST_TEMPERATURE = 0.01
 """vLLM replaces a lower temperature by this one (`_MAX_TEMP` of its sampling_params.py)."""
 
+HIGHEST_TEMPERATURE = 100.0
+"""Every token is then practically as likely as any other."""
+
 
 class Section(BaseModel):
     """A section of the configuration: immutable; unknown keys are errors."""

@@ -17,7 +17,7 @@ from palimpsest.plan import text
 from palimpsest.plan.causes import Memory
 from palimpsest.plan.engine_memory import engine_memory
 from palimpsest.plan.gpus import CONTEXT, Gpus, needed, parse
-from palimpsest.plan.learner_memory import learner_memory, pass_shape
+from palimpsest.plan.learner_memory import learner_memory, most_rows, pass_shape
 from palimpsest.plan.plan import Plan
 from palimpsest.plan.rehearsal import PassShape, Rehearsed, rehearse
 
@@ -51,7 +51,7 @@ def make_plan(config: RunConfig, gpus: Gpus) -> Plan:
     config = with_limit(config)
     longest = config.sampling.max_trajectory_tokens
     assert longest is not None
-    shape = pass_shape(config.learner, longest, config.model.attention)
+    shape = pass_shape(config.learner, longest, config.model.attention, most_rows=most_rows(config))
     rehearsed = rehearse(config.model.path, shape)
     model, memory = rehearsed.model, _learner(config, shape, rehearsed)
     engine = config.rollout.engine
@@ -90,7 +90,7 @@ def _remedies(config: RunConfig, longest: int) -> list[tuple[tuple[str, ...], in
     elif config.learner.activation_checkpointing_every > 1:
         key = "activation_checkpointing_every"
         changes.append((f"learner.{key} = 1", {key: 1}))
-    if longest < config.learner.micro_batch_tokens:
+    if pass_shape(config.learner, longest, config.model.attention, most_rows=most_rows(config)).tokens > longest:
         changes.append((f"learner.micro_batch_tokens = {longest}", {"micro_batch_tokens": longest}))
     if config.learner.sharding == "none" and config.local.learner_ranks > 1:
         changes.append(('learner.sharding = "full"', {"sharding": "full"}))
@@ -102,7 +102,7 @@ def _remedies(config: RunConfig, longest: int) -> list[tuple[tuple[str, ...], in
             continue
         config = changed
         tried.append(name)
-        shape = pass_shape(config.learner, longest, config.model.attention)
+        shape = pass_shape(config.learner, longest, config.model.attention, most_rows=most_rows(config))
         found.append((tuple(tried), _learner(config, shape, rehearse(config.model.path, shape)).peak))
     return found
 

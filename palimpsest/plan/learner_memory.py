@@ -9,6 +9,7 @@ loss are those of a batch whose rows all have the greatest length.
 
 from palimpsest.common.config.learner import AVERAGES, LearnerConfig
 from palimpsest.common.config.proximal import PROXIMAL_KINDS
+from palimpsest.common.config.schema import RunConfig
 from palimpsest.plan.causes import Cause, Memory, Moment
 from palimpsest.plan.loss_arrays import TOKENS, LossArrays, loss_arrays
 from palimpsest.plan.rehearsal import PassShape, Rehearsed
@@ -52,18 +53,30 @@ def learner_memory(
     return Memory((*first, *optimizer, *held[len(first) :]), moments, host=copies)
 
 
-def pass_shape(config: LearnerConfig, longest: int, attention: str) -> PassShape:
-    """Return the largest pass. longest: sampling.max_trajectory_tokens.
+def pass_shape(config: LearnerConfig, longest: int, attention: str, *, most_rows: int | None = None) -> PassShape:
+    """Return the largest pass. longest: sampling.max_trajectory_tokens. most_rows: of a rank in a version; None: any.
 
     A row longer than micro_batch_tokens has a pass to itself. A packed pass is filled up with shorter rows.
     """
     length, packed = max(1, longest), config.layout == "packed"
-    rows = 1 if config.vcpo.baseline else max(1, config.micro_batch_tokens // length)
-    rest = max(0, config.micro_batch_tokens - rows * length) if packed and not config.vcpo.baseline else 0
+    fitting = 1 if config.vcpo.baseline else max(1, config.micro_batch_tokens // length)
+    rows = fitting if most_rows is None else max(1, min(fitting, most_rows))
+    filled = packed and not config.vcpo.baseline and rows != most_rows
+    rest = max(0, config.micro_batch_tokens - rows * length) if filled else 0
     every = config.activation_checkpointing_every if config.activation_checkpointing else 0
     return PassShape(
         rows, length, config.logprob_chunk_tokens, every, attention, packed, rest, config.lora, config.context_parallel
     )
+
+
+def most_rows(config: RunConfig) -> int | None:
+    """Return the greatest number of rows of a rank in a version; None if a trajectory may have several rows."""
+    if config.rollout.agents:
+        return None  # each branch of an agent's dialogue is a row
+    learner = config.learner
+    shares = max(1, config.local.learner_ranks // learner.context_parallel)
+    groups = -(-learner.groups_per_batch // learner.minibatches)  # each minibatch is dealt to the ranks by itself
+    return learner.minibatches * -(-groups * config.tasks.samples_per_group // shares)
 
 
 def _holds_weights(config: LearnerConfig) -> bool:

@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 from palimpsest.common.config.engines import VllmEngineConfig
 from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.common.config.lora import LoraConfig
+from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
 from palimpsest.plan.causes import Cause, Memory, Moment
 from palimpsest.plan.command import run_command
 from palimpsest.plan.engine_memory import EngineMemory, engine_memory
 from palimpsest.plan.gpus import Gpus, parse
-from palimpsest.plan.learner_memory import learner_memory, pass_shape
+from palimpsest.plan.learner_memory import learner_memory, most_rows, pass_shape
 from palimpsest.plan.live_bytes import LiveBytes
 from palimpsest.plan.rehearsal import rehearse
 from palimpsest.services.learner.distributed import ProcessGroup
@@ -113,6 +115,32 @@ def test_the_plan_of_packed_rows_counts_no_padding(rank: int, tmp_path: Path) ->
     assert memory.largest.size == pytest.approx(live.peak, rel=0.1)
     filled = pass_shape(learner.model_copy(update={"micro_batch_tokens": 2 * LENGTH + 50}), LENGTH, "sdpa")
     assert (filled.rows, filled.rest, filled.tokens) == (2, 50, 2 * LENGTH + 50)
+
+
+def test_a_pass_has_no_more_rows_than_the_batch() -> None:
+    learner = a_learner(discrepancy=UNCORRECTED, micro_batch_tokens=8 * LENGTH + 50, groups_per_batch=3)
+    for layout, most, rows, rest in (
+        ("padded", 6, 6, 0), ("padded", 9, 8, 0), ("padded", None, 8, 0),
+        ("packed", 6, 6, 0), ("packed", 8, 8, 0), ("packed", 9, 8, 50),
+    ):  # fmt: skip
+        shape = pass_shape(learner.model_copy(update={"layout": layout}), LENGTH, "sdpa", most_rows=most)
+        assert (shape.rows, shape.rest) == (rows, rest)
+
+
+@pytest.mark.parametrize(
+    ("keys", "rows"),
+    [
+        ({}, 12),
+        ({"local": {"learner_ranks": 2}}, 6),
+        ({"local": {"learner_ranks": 5}}, 3),
+        ({"learner": {"minibatches": 2}, "local": {"learner_ranks": 5}}, 4),
+    ],
+)
+def test_the_rows_of_a_rank_are_those_of_its_share_of_the_batch(keys: dict[str, Any], rows: int) -> None:
+    learner = {"versions": 1, "groups_per_batch": 3, "proximal": {"kind": "current_recompute"}}
+    run = {"model": {"path": "m"}, "tasks": {"environments": {"lookup": 1.0}, "samples_per_group": 4}}
+    config = RunConfig.model_validate(run | keys | {"learner": learner | keys.get("learner", {})})
+    assert most_rows(config) == rows
 
 
 def test_a_rank_that_shares_rows_holds_its_part_of_the_activations(tmp_path: Path) -> None:
