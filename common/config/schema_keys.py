@@ -21,7 +21,9 @@ def unknown_key(key: Key, tag: str | None = None, by: str = "") -> str:
             continue
         section = ".".join(key[:depth])
         near = difflib.get_close_matches(key[depth], fields, n=1, cutoff=0.5)
-        elsewhere = _keys_ending(key[depth:], key[:depth]) or ([] if near else _keys_ending(key[depth:], ()))
+        elsewhere = _keys_ending(key[depth:], key[:depth])
+        if not near and not elsewhere and not _is_entry(key[:depth]):
+            elsewhere = _keys_ending(key[depth:], ())
         name = ".".join(key[: depth + 1])
         kinds = len(members_of(expected_type(key[:depth]))) > 1
         where = f"any kind of {section}" if kinds else f"[{section}]" if section else "a run"
@@ -39,6 +41,12 @@ def unknown_key(key: Key, tag: str | None = None, by: str = "") -> str:
         if tag in get_args(m.model_fields["kind"].annotation)
     )
     return f'{".".join(key)} is not a key of {above} with kind = "{tag}"{by}; that has {", ".join(sorted(own))}'
+
+
+def _is_entry(section: Key) -> bool:
+    """Whether the section is one of those that a run names itself, as env_gateway.adapters.NAME."""
+    above = expected_type(section[:-1]) if section else None
+    return above is not None and get_origin(bare_type(above)) is dict
 
 
 def _keys_ending(tail: Key, section: Key) -> list[str]:

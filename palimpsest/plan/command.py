@@ -90,7 +90,7 @@ def _remedies(config: RunConfig, longest: int) -> list[tuple[tuple[str, ...], in
     elif config.learner.activation_checkpointing_every > 1:
         key = "activation_checkpointing_every"
         changes.append((f"learner.{key} = 1", {key: 1}))
-    if pass_shape(config.learner, longest, config.model.attention, most_rows=most_rows(config)).tokens > longest:
+    if longest < config.learner.micro_batch_tokens:
         changes.append((f"learner.micro_batch_tokens = {longest}", {"micro_batch_tokens": longest}))
     if config.learner.sharding == "none" and config.local.learner_ranks > 1:
         changes.append(('learner.sharding = "full"', {"sharding": "full"}))

@@ -7,6 +7,7 @@ takes an action with one text; `action_field` names it.
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from palimpsest.common.environments.authoring.state_hash import hash_of
@@ -37,13 +38,16 @@ class OpenEnvSession(AdapterEnvironment):
         self.needed("url")
         client = self.imported("websockets.sync.client")
         address = self.settings.url.rstrip("/").replace("http", "ws", 1) + "/ws"
+        self._connection = ExitStack()
         token = os.environ.get(self.settings.token_variable, "") if self.settings.token_variable else ""
         try:
-            self._socket = client.connect(
-                address,
-                open_timeout=CONNECT_S,
-                max_size=MAX_BYTES,
-                additional_headers={"Authorization": f"Bearer {token}"} if token else None,
+            self._socket = self._connection.enter_context(
+                client.connect(
+                    address,
+                    open_timeout=CONNECT_S,
+                    max_size=MAX_BYTES,
+                    additional_headers={"Authorization": f"Bearer {token}"} if token else None,
+                )
             )
         except Exception as error:
             raise AdapterUnusable(f"{address} cannot be reached: {type(error).__name__}: {error}") from None
@@ -93,7 +97,7 @@ class OpenEnvSession(AdapterEnvironment):
             try:
                 self._socket.send(json.dumps({"type": "close"}))
             finally:
-                self._socket.close()
+                self._connection.close()
                 del self._socket
 
     def about(self) -> str:

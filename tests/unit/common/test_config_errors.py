@@ -308,6 +308,8 @@ def test_a_flag_without_a_value_is_refused(run: Path) -> None:
     ("adapter", "message"),
     [
         ('{ kind = "ors", urll = "x" }', "urll is not a key of [env_gateway.adapters.math]; did you mean"),
+        ('{ kind = "ors", folder = "x" }', "folder is not a key of [env_gateway.adapters.math]; it has action_field, "),
+        ('{ kind = "ors", rank = 3 }', "rank is not a key of [env_gateway.adapters.math]; it has action_field, "),
         ('{ kind = "orz" }', "kind: input should be 'mcp', 'ors'"),
         ('{ url = "x" }', "kind is missing"),
         ('{ kind = "ors", reward_range = [1.0, 1.0] }', "the first number must be less than the second"),

@@ -1,7 +1,6 @@
 """Sessions that reach the hosts of `env_gateway.child_hosts` and nothing else."""
 
 import asyncio
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,12 +22,11 @@ from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
 from palimpsest.services.env_gateway.proxy import client
 from palimpsest.services.env_gateway.proxy.addresses import PermittedHosts, read_head
+from tests.processes.user_range import own_users
 from tests.processes.waiting import LIMIT_S
 
 FOLDER = Path(__file__).parent / "plugins"
-LIMITS = ChildLimits(
-    memory_mib=4096, processes=None, files=64, file_mib=8, user=63_000 if os.geteuid() == 0 else None, isolate=True
-)
+LIMITS = ChildLimits(memory_mib=4096, processes=None, files=64, file_mib=8, user=own_users(), isolate=True)
 
 
 @contextmanager

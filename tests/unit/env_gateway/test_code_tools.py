@@ -22,6 +22,7 @@ from palimpsest.services.env_gateway.processes.child_host import InChild
 from palimpsest.services.env_gateway.processes.confinement import ChildLimits, available
 from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
+from tests.processes.user_range import own_users
 from tests.processes.waiting import LIMIT_S, until
 from tests.unit.env_gateway.running import answering, launching, refusal
 from tests.unit.env_gateway.test_confinement import processes_of
@@ -29,8 +30,7 @@ from tools.backends import downloads
 
 pytestmark = pytest.mark.servers
 FOLDER = Path(__file__).parent / "plugins"
-USER = 62_000 if os.geteuid() == 0 else None
-"""Not the users of test_confinement.py: the kernel counts the processes of a user."""
+USER = own_users()
 LIMITS = ChildLimits(
     memory_mib=4096, processes=100, files=64, file_mib=1024, user=USER, isolate=available(USER).network
 )

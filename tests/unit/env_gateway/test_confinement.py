@@ -19,11 +19,12 @@ from palimpsest.services.env_gateway.processes.child_host import InChild
 from palimpsest.services.env_gateway.processes.confinement import USERS, Available, ChildLimits, available
 from palimpsest.services.env_gateway.processes.pool import Pool
 from palimpsest.services.env_gateway.processes.protocol import EnvironmentSpec
+from tests.processes.user_range import own_users
 from tests.processes.waiting import LIMIT_S, until
 
 pytestmark = pytest.mark.servers
 FOLDER = Path(__file__).parent / "plugins"
-USER = 61_000 if os.geteuid() == 0 else None
+USER = own_users()
 HERE = available(USER)
 LIMITS = ChildLimits(
     memory_mib=2048, processes=20 if HERE.processes else None, files=64, file_mib=8, user=USER, isolate=HERE.network
