@@ -20,6 +20,7 @@ from palimpsest.common.parent_death import die_with_parent
 from palimpsest.common.program import main, print_line, service
 from palimpsest.common.service import Starting, Stop
 from palimpsest.common.snapshots.client import SnapshotClient
+from palimpsest.common.startup_objects import without_collections
 from palimpsest.common.trajectory_limit import trajectory_limit
 from palimpsest.common.user_error import UserError
 
@@ -39,20 +40,22 @@ def body(invocation: Invocation, stop: Stop) -> None:
 def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
     """server: of rank 0, the only rank that uses the log and answers requests; None on other ranks."""
     # imports torch: `--check` and an error in the run file must not wait for it
-    import torch
+    with without_collections():
+        import torch
+        import transformers.modeling_utils  # noqa: F401 (loading the model imports it)
 
-    from palimpsest.services.learner import instruments
-    from palimpsest.services.learner.agreement import refuse_disagreement
-    from palimpsest.services.learner.coordinator import run_coordinator
-    from palimpsest.services.learner.distributed import ProcessGroup
-    from palimpsest.services.learner.loop_parts import Training
-    from palimpsest.services.learner.model.routing import refuse_unroutable
-    from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer
-    from palimpsest.services.learner.sharding.build import build_shards
-    from palimpsest.services.learner.training.build import build_training_state
-    from palimpsest.services.learner.training.build_policy import build_policy, read_start
-    from palimpsest.services.learner.training.follower import run_follower
-    from palimpsest.services.learner.training.trainer import Trainer
+        from palimpsest.services.learner import instruments
+        from palimpsest.services.learner.agreement import refuse_disagreement
+        from palimpsest.services.learner.coordinator import run_coordinator
+        from palimpsest.services.learner.distributed import ProcessGroup
+        from palimpsest.services.learner.loop_parts import Training
+        from palimpsest.services.learner.model.routing import refuse_unroutable
+        from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer
+        from palimpsest.services.learner.sharding.build import build_shards
+        from palimpsest.services.learner.training.build import build_training_state
+        from palimpsest.services.learner.training.build_policy import build_policy, read_start
+        from palimpsest.services.learner.training.follower import run_follower
+        from palimpsest.services.learner.training.trainer import Trainer
 
     torch.set_num_threads(config.learner.threads)
     torch.manual_seed(config.run.seed)

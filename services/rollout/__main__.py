@@ -25,7 +25,7 @@ from palimpsest.common.sessions.sessions import Sessions, limits_of
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.snapshots.control_check import ControlCheck
 from palimpsest.common.snapshots.held_name import HeldName
-from palimpsest.common.startup_objects import freeze_startup_objects
+from palimpsest.common.startup_objects import freeze_startup_objects, without_collections
 from palimpsest.common.trajectory_limit import trajectory_limit
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.rollout.agents.endpoints import serving
@@ -53,10 +53,11 @@ def body(invocation: Invocation, stop: Stop) -> None:
 
 async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
     rollout = config.rollout
-    dialogue = ChatRenderer.load(
-        config.model.path, dict(config.model.chat_template_options), config.model.chat_template
-    )
-    refuse_tokenizer(config.model.path, template=dialogue.template)
+    with without_collections():  # imports transformers
+        dialogue = ChatRenderer.load(
+            config.model.path, dict(config.model.chat_template_options), config.model.chat_template
+        )
+        refuse_tokenizer(config.model.path, template=dialogue.template)
     limit = trajectory_limit(config)
     adapter = own_adapter(config)
     engine = build_engine(config, dialogue, limit.tokens, adapter)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from palimpsest.common.config.engines import VllmEngineConfig
 from palimpsest.common.snapshots.adapter import Adapter
+from palimpsest.common.startup_objects import without_collections
 from palimpsest.common.time_limits import limit_s
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.services.rollout.engine import amx, crash_report, machine, vllm_lora
@@ -75,10 +76,11 @@ class VllmEngine:
         if self._config.sleep and self._amx is not None:
             machine.refuse_sleep_of_cpu()
         try:
-            from vllm.config import WeightTransferConfig
-            from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-            from vllm.engine.arg_utils import AsyncEngineArgs
-            from vllm.v1.engine.async_llm import AsyncLLM
+            with without_collections():
+                from vllm.config import WeightTransferConfig
+                from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+                from vllm.engine.arg_utils import AsyncEngineArgs
+                from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
             raise UserError(f"vLLM cannot be imported ({error}): run `make setup`", ExitCode.UNAVAILABLE) from error
         arguments = AsyncEngineArgs(

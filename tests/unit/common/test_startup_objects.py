@@ -1,7 +1,9 @@
-"""Objects of the start are no work for the garbage collector; later ones are collected. In a process of its own."""
+"""Objects of the start are no work for the garbage collector; later ones are collected. In processes of their own."""
 
 import subprocess
 import sys
+
+import pytest
 
 PROGRAM = """
 import gc, weakref
@@ -26,6 +28,38 @@ print("done")
 """
 
 
+BLOCK = """
+import gc, sys
+from palimpsest.common.startup_objects import without_collections
+
+def fail():
+    with without_collections():
+        assert not gc.isenabled()
+        raise ImportError
+
+if sys.argv[1] == "off":
+    gc.disable()
+with without_collections():
+    assert not gc.isenabled()
+try:
+    fail()
+except ImportError:
+    pass
+assert gc.isenabled() == (sys.argv[1] == "on")
+print("done")
+"""
+
+
+def run(*command: str) -> tuple[str, str]:
+    done = subprocess.run([sys.executable, "-c", *command], capture_output=True, text=True, check=False)
+    return done.stdout, done.stderr
+
+
 def test_later_garbage_is_collected_without_a_visit_to_the_objects_of_the_start() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("done\n", "")
+    assert run(PROGRAM) == ("done\n", "")
+
+
+@pytest.mark.parametrize("before", ["on", "off"])
+def test_imports_without_collections_leave_the_collector_as_it_was(before: str) -> None:
+    """Also if the import fails."""
+    assert run(BLOCK, before) == ("done\n", "")
