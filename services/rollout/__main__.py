@@ -32,7 +32,8 @@ from palimpsest.services.rollout.agents.endpoints import serving
 from palimpsest.services.rollout.agents.runner import AgentRunner
 from palimpsest.services.rollout.chat_renderer import ChatRenderer
 from palimpsest.services.rollout.engine.build import build_engine
-from palimpsest.services.rollout.engine.port import EngineDead
+from palimpsest.services.rollout.engine.late_start import LateStart
+from palimpsest.services.rollout.engine.port import Engine, EngineDead
 from palimpsest.services.rollout.engine.required import required
 from palimpsest.services.rollout.trajectory_sampler import Tally, TrajectorySampler
 from palimpsest.services.rollout.weights import WeightSync
@@ -60,7 +61,9 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
         refuse_tokenizer(config.model.path, template=dialogue.template)
     limit = trajectory_limit(config)
     adapter = own_adapter(config)
-    engine = build_engine(config, dialogue, limit.tokens, adapter)
+    engine: Engine = build_engine(config, dialogue, limit.tokens, adapter)
+    if rollout.engine.sleep:
+        engine = LateStart(engine)
     server.doing = "the log to be opened"
     bus = open_bus(config)
     async with _sessions(config) as sessions:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from palimpsest.common import failpoints
 from palimpsest.common.logs import logger
-from palimpsest.common.messages import Control, CutReached, CutRequested
+from palimpsest.common.messages import Control, CutReached, CutRequested, WorkerAlive
 from palimpsest.services.rollout import instruments
 from palimpsest.services.rollout.cut_state import CutState, flush
 from palimpsest.services.rollout.engine.port import Engine
@@ -60,6 +60,16 @@ class CutResponder:
     def cut(self) -> int | None:
         """The cut for which the worker is paused, or will pause; None if there is none."""
         return self._cuts.open.cut if self._cuts.open is not None else None
+
+    async def join(self, alive: WorkerAlive) -> None:
+        """Put a first heartbeat on the log, if engines sleep. Call it before the first read of `control`.
+
+        Then either this worker reads a request of the learner before it starts its engine, or the learner reads the
+        heartbeat after its request, and waits for the answer.
+        """
+        if self._sleeps:
+            self._outbox.put_from_worker(alive)
+            await self._outbox.flush()
 
     def observe(self, message: Control) -> None:
         """Note the next record of `control`, in the log's order. It takes effect with the next `apply`."""

@@ -217,6 +217,7 @@ class Worker:
 
     async def _consume_control(self, control: AsyncConsumer) -> None:
         """Follow versions, cuts and the end of the run."""
+        await self._interruption.join(self.alive())
         known = await control.ends()  # records before these offsets are older than this worker
         newest, caught_up = Version(-1), False
         while True:

@@ -15,12 +15,20 @@ import pytest
 import structlog
 
 from palimpsest.common.bus.port import Record
-from palimpsest.common.messages import CONTROL, WORKERS, CutReleased, CutRequested, VersionPublished, decode
+from palimpsest.common.messages import (
+    CONTROL,
+    WORKERS,
+    CutReleased,
+    CutRequested,
+    VersionPublished,
+    WorkerAlive,
+    decode,
+)
 from palimpsest.common.versions import UNTRAINABLE
 from palimpsest.services.learner import gpu_cache
 from palimpsest.services.learner.old_logprobs import distributed_scorer
 from palimpsest.services.learner.old_logprobs.interruption.coordinator import CutCoordinator
-from palimpsest.services.learner.old_logprobs.interruption.liveness import ALIVE_S
+from palimpsest.services.learner.old_logprobs.interruption.liveness import ALIVE_S, WorkerLiveness
 from palimpsest.services.learner.old_logprobs.routes import InterruptionRoute
 from palimpsest.services.rollout.cut_responder import CutResponder
 from tests.simulation.cut_schedules import slow_polling
@@ -60,10 +68,7 @@ class Turns(LearnerSchedule):
     """Whether a person asks for cuts and checkpoints."""
     holding: set[tuple[str, int]] = field(default_factory=set)
     """Learner process and rank, if it has computed since it last returned what torch had cached."""
-    serving: set[str] = field(default_factory=set)
-    """Worker processes that have reported a version."""
-    expected: set[str] | None = None
-    """Those that had done so when the open cut was requested; None if no cut is open."""
+    in_cut: bool = False
     heard: dict[str, float] = field(default_factory=dict)
     """Worker process -> time of its last record."""
     quiet: set[str] = field(default_factory=set)
@@ -88,14 +93,12 @@ class Turns(LearnerSchedule):
         for record in records if topic in (CONTROL, WORKERS) else ():
             match decode(topic, record.body):
                 case CutRequested():
-                    self.expected, self.quiet = set(self.serving), set()
+                    self.in_cut, self.quiet = True, set()
                 case CutReleased() | VersionPublished():
-                    self.expected = None
+                    self.in_cut = False
                     self.releases += isinstance(decode(topic, record.body), CutReleased)
                     holding = sorted(rank for process, rank in self.holding if process == process_name.get())
                     assert not holding, f"engines wake before ranks {holding} of the learner have returned their cache"
-                case report if topic == WORKERS and report.version >= 0:
-                    self.serving.add(process_name.get())
 
     def _hear(self, process: str) -> None:
         now = self.loop.time()
@@ -115,10 +118,10 @@ class Turns(LearnerSchedule):
         self.holding.add((process_name.get(), own_rank.get()))
         if process_name.get() != f"learner.{self.writer}":
             return  # it was replaced while it was paused
-        assert self.expected is not None, f"the learner {what} outside a cut"
+        assert self.in_cut, f"the learner {what} outside a cut"
         now = self.loop.time()
         silent = {name for name, at in self.heard.items() if now - at > QUIET_S}
-        here = (self.expected & self.engines.keys()) - self.quiet - silent
+        here = {name for name, engine in self.engines.items() if engine.resident} - self.quiet - silent
         awake = sorted(name for name in here if not self.engines[name].asleep)
         assert not awake, f"the learner {what} while the engines of {awake} are awake"
         self.turns[own_rank.get()] += what == "trains" and bool(here)
@@ -128,6 +131,12 @@ def run_by_turns(folder: Path, seed: int, *, operated: bool = False, **options: 
     schedule = run_and_check(seed, folder, kind=partial(Turns, operated=operated), sleep=True, **options)
     assert isinstance(schedule, Turns)
     return schedule
+
+
+def run_several(folder: Path, seeds: int) -> None:
+    for seed in range(seeds):
+        (folder / f"{seed}").mkdir()
+        run_by_turns(folder / f"{seed}", seed)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.long)])
@@ -225,3 +234,26 @@ def test_the_check_sees_a_cut_that_is_released_before_all_ranks_have_returned_th
     monkeypatch.setattr(CutCoordinator, "_release", at_once)
     with pytest.raises(AssertionError, match=r"engines wake before ranks \[.*\] of the learner have"):
         run_by_turns(tmp_path, 1, operated=True, ranks=2)
+
+
+def no_cut_waits_for_a_worker_that_starts(patch: Patch) -> None:
+    begin = WorkerLiveness.__init__
+    patch.setattr(WorkerLiveness, "__init__", lambda self, sleeping: begin(self, sleeping=False))
+
+
+def a_worker_starts_its_engine_before_it_is_heard_of(patch: Patch) -> None:
+    async def join(self: CutResponder, alive: WorkerAlive) -> None: ...
+
+    patch.setattr(CutResponder, "join", join)
+
+
+@pytest.mark.parametrize(
+    "without", [no_cut_waits_for_a_worker_that_starts, a_worker_starts_its_engine_before_it_is_heard_of]
+)
+def test_the_check_sees_an_engine_that_starts_in_the_learners_turn(
+    without: Callable[[Patch], None], tmp_path: Path, monkeypatch: Patch
+) -> None:
+    """In some run a worker starts at the wrong moment."""
+    without(monkeypatch)
+    with pytest.raises(AssertionError, match=r"the learner (scores|trains) while the engines"):
+        run_several(tmp_path, 8)

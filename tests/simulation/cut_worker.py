@@ -11,6 +11,7 @@ from palimpsest.common.sessions.port import SessionFailed
 from palimpsest.common.sessions.wire import CreateSession, Lease, Message, Session, Status, Step
 from palimpsest.common.trajectory_limit import TrajectoryLimit
 from palimpsest.common.versions import Version
+from palimpsest.services.rollout.engine.late_start import LateStart
 from palimpsest.services.rollout.engine.port import EngineDead, SampledTokens, StoredWeights
 from palimpsest.services.rollout.engine.scripted import ScriptedEngine
 from palimpsest.services.rollout.trajectory_sampler import Tally, TrajectorySampler
@@ -22,14 +23,17 @@ from tests.simulation.cut_learner import RUN, SAMPLING
 if TYPE_CHECKING:
     from tests.simulation.cut_schedules import Schedule
 
+LONGEST_START_S = 60.0
+"""Simulated seconds in which an engine starts."""
 process_name: ContextVar[str] = ContextVar("process_name", default="learner")
 """Process that the present code belongs to: a worker's or learner's name and the number of the process."""
 
 
 def a_worker(schedule: "Schedule", name: str, engine: "Engine") -> Worker:
     """A worker assembled as its process does, with a scripted engine and fakes of gateway and store."""
+    port = LateStart(engine) if schedule.sleeps else engine
     weights = Fetching(
-        engine,
+        port,
         schedule,  # type: ignore[arg-type]
         schedule.folder / name,
         tolerance=0.05,
@@ -37,7 +41,7 @@ def a_worker(schedule: "Schedule", name: str, engine: "Engine") -> Worker:
     )
     sampler = TrajectorySampler(
         name,
-        engine,
+        port,
         Sessions(schedule),  # type: ignore[arg-type]
         ChatRenderer(schedule),  # type: ignore[arg-type]
         2,
@@ -57,6 +61,8 @@ class Engine(ScriptedEngine):
     """Scripted engine with numbered tokens, random delays and deaths."""
 
     dies_at = float("inf")
+    resident = False
+    """Whether it has taken memory."""
 
     def __init__(self, schedule: "Schedule") -> None:
         config = ScriptedEngineConfig(kind="scripted", texts=("",), tokens_per_s=schedule.random.uniform(1.0, 6.0))
@@ -83,6 +89,11 @@ class Engine(ScriptedEngine):
         place = len(message.versions) - 1
         now = self._schedule.loop.time()
         self._schedule.checker.sampled(message.script[place], process_name.get(), message.versions[place], at=now)
+
+    async def start(self) -> None:
+        self.resident = True
+        await asyncio.sleep(self._schedule.delay_s(LONGEST_START_S))
+        self._alive()
 
     async def pause(self) -> None:
         await asyncio.sleep(self._schedule.delay_s(8.0 if self._slow else 0.5))

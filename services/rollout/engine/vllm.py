@@ -5,6 +5,7 @@ Only this file, vllm_weight_transfer.py, vllm_lora.py and weight_update.py impor
 
 import asyncio
 import gc
+import importlib
 from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -77,6 +78,8 @@ class VllmEngine:
             machine.refuse_sleep_of_cpu()
         try:
             with without_collections():
+                if self._config.sleep:  # heartbeats go on during the import: without them the learner takes its turn
+                    await asyncio.to_thread(importlib.import_module, "vllm.v1.engine.async_llm")
                 from vllm.config import WeightTransferConfig
                 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
                 from vllm.engine.arg_utils import AsyncEngineArgs

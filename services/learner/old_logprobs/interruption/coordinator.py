@@ -81,7 +81,7 @@ class CutCoordinator:
         self._run, self._deadline_s, self._confirm, self._clock = run, deadline_s, confirm, clock
         self._epoch, self._control, self._left_out = epoch, control, left_out
         self._sleeping, self._before_waking = before_waking is not None, before_waking
-        self._workers = WorkerFeed(bus, ingest.dead_letters, run=run, clock=clock)
+        self._workers = WorkerFeed(bus, ingest.dead_letters, run=run, clock=clock, sleeping=self._sleeping)
         self._first = self._next = 1
         self._open: int | None = None
 

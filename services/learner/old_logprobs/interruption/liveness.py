@@ -2,7 +2,7 @@
 
 A worker publishes a heartbeat every few seconds, also while it is paused. It counts as dead if no record of it was read
 for ALIVE_S seconds, until another record is read. A worker without a version has sampled nothing, so no cut waits for
-it.
+it, unless engines sleep: it may be starting an engine, which takes memory.
 """
 
 from palimpsest.common.messages import FromWorker, WorkerAlive
@@ -23,12 +23,14 @@ class WorkerLiveness:
     (['a'], [])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, sleeping: bool = False) -> None:
+        """sleeping: whether engines sleep at a cut."""
+        self._counts_all = sleeping
         self._last: dict[str, float] = {}
 
     def record_heartbeat(self, message: FromWorker, *, now: float) -> None:
         """Note that a record of this worker, of any kind, was read at `now`. Its age on the log is not known."""
-        if isinstance(message, WorkerAlive) and message.version < 0:
+        if isinstance(message, WorkerAlive) and message.version < 0 and not self._counts_all:
             self._last.pop(message.worker, None)
         else:
             self._last[message.worker] = now

@@ -33,10 +33,17 @@ class WorkerFeed:
     """Reads the workers' records from `start` to `close`."""
 
     def __init__(
-        self, bus: Bus, dead_letters: DeadLetterWriter, *, run: str, clock: Callable[[], float] = time.monotonic
+        self,
+        bus: Bus,
+        dead_letters: DeadLetterWriter,
+        *,
+        run: str,
+        clock: Callable[[], float] = time.monotonic,
+        sleeping: bool = False,
     ) -> None:
+        """sleeping: whether engines sleep at a cut."""
         self._bus, self._dead_letters, self._run, self._clock = bus, dead_letters, run, clock
-        self._liveness, self._outages = WorkerLiveness(), OutageClock()
+        self._liveness, self._outages = WorkerLiveness(sleeping=sleeping), OutageClock()
         self._consumer: Consumer  # opened by start
 
     def start(self) -> Heard:
