@@ -75,25 +75,13 @@ def lines_of(*words: str) -> list[str]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("place", "publishing"),
-    [
-        ("learner.before_shards", "inline"),
-        ("learner.after_shards", "inline"),
-        ("learner.after_storing_object", "inline"),
-        ("learner.after_shards", "background"),
-        ("learner.after_encoding", "background"),
-        ("learner.after_storing_object", "background"),
-        ("learner.before_announcing", "background"),
-    ],
-)
-def test_a_sharded_run_survives_a_rank_that_dies_at(
-    place: str, publishing: str, tmp_path: Path, starting_model: Path
-) -> None:
+@pytest.mark.parametrize("place", ["after_shards", "after_encoding", "after_storing_object", "before_announcing"])
+def test_a_sharded_run_survives_a_rank_that_dies_at(place: str, tmp_path: Path, starting_model: Path) -> None:
+    """test_sharded_faults.py has the failpoints of a learner that publishes inline."""
     toml, home = scripted(tmp_path, starting_model, versions=4), tmp_path / "scripted"
     marker = tmp_path / "it happened"
-    fault = {"PALIMPSEST_FAULT": f"{place}:2", "PALIMPSEST_FAULT_ONCE": str(marker)}
-    keys = ("--local.learner_ranks=2", f"--learner.publishing={publishing}", *KEPT)
+    fault = {"PALIMPSEST_FAULT": f"learner.{place}:2", "PALIMPSEST_FAULT_ONCE": str(marker)}
+    keys = ("--local.learner_ranks=2", "--learner.publishing=background", *KEPT)
     code, output = RunProcess(toml, *keys, environment=fault).finish()
     assert code == 0, output[-3000:]
     assert marker.exists()

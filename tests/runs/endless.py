@@ -40,7 +40,7 @@ def end_soon(url: str) -> int:
 def stop_after_two_versions(run: RunProcess, home: Path) -> int:
     """Let an endless run train two more versions, and stop it. Return their number in all.
 
-    It can be continued with another end: a change of `learner.versions` would stay in force.
+    It has not ended, so that it can be continued: a change of `learner.versions` would stay in force without a flag.
     """
     before = len(history(home))
     wait_for(lambda: len(history(home)) >= before + 2, run, name="two further versions")
