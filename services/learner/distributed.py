@@ -64,7 +64,7 @@ class ProcessGroup:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         on_gpu = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+        self.device = _own_gpu() if on_gpu else torch.device("cpu")
         if on_gpu:
             torch.cuda.set_device(self.device)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
@@ -146,6 +146,17 @@ class ProcessGroup:
         """Leave the group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _own_gpu() -> torch.device:
+    """The GPU of this rank: that with the rank's number on this machine. Raises UserError if there are fewer."""
+    number, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= visible:
+        raise UserError(
+            f"rank {number} of this machine has no GPU: the learner sees {visible} (CUDA_VISIBLE_DEVICES). Start as "
+            f"many ranks as GPUs (local.learner_ranks, torchrun --nproc-per-node), or let it see more"
+        )
+    return torch.device("cuda", number)
 
 
 def _context(size: int, rank: int, together: int) -> Context:

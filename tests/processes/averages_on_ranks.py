@@ -20,7 +20,8 @@ from palimpsest.services.learner.proximal.surrogates.ppo_ewma_async import PpoEw
 from palimpsest.services.learner.sharding.load import COMPUTES, ModelFiles
 from palimpsest.services.learner.sharding.local_shards import local_rows
 from palimpsest.services.learner.sharding.shard_files import write_shards
-from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy, like
+from palimpsest.services.learner.sharding.sharded_model import like
+from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy
 from palimpsest.services.learner.sharding.shared_work import Shards
 from palimpsest.services.learner.training.build import build_training_state
 from palimpsest.services.learner.training.state import TrainingState

@@ -29,8 +29,12 @@ PROBE_LENGTHS = (8, 5, 3)
 PROBE_TOLERANCE = 1e-3
 """Largest difference of float32 hidden states between a packed row and the row alone, relative to the largest value.
 Rounding gives 1e-6; a row that sees another one, or other positions, changes by its own size."""
-MOST_HEAD_SIZE = 256
-"""Largest head size of torch's attention for rows of unequal lengths."""
+MOST_HEAD_SIZE, HEAD_STEP, OLDEST_GPU = 256, 8, (8, 0)
+"""Of torch's attention for rows of unequal lengths: largest head size, of which it takes multiples of 8, and the oldest
+GPUs, by compute capability: Ampere."""
+ONE_PART = 1
+"""Parts of the keys that it adds up. By itself it chooses their number from the longest row and the number of rows, so
+that the bits of a row would depend on the others."""
 OTHER_VALUES = ("position_bias", "sliding_window", "softcap", "s_aux")
 """Arguments of an attention that give it other values than causal attention within rows."""
 
@@ -154,8 +158,11 @@ def attend(
         raise NotPackable("the model makes an attention mask of its own")
     if named := [name for name in OTHER_VALUES if options.get(name) is not None]:
         raise NotPackable(f"its attention has {named[0]}")
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    varlen = query.is_cuda and half and query.shape[-1] == value.shape[-1] <= MOST_HEAD_SIZE
+    varlen = (
+        query.is_cuda
+        and query.shape[-1] == value.shape[-1]
+        and has_varlen(query.dtype, query.shape[-1], torch.cuda.get_device_capability(query.device))
+    )
     if sliced is not None:
         if varlen:
             causal = partial(_last_queries, scale=options.get("scaling"))
@@ -166,6 +173,16 @@ def attend(
     if varlen:
         return _varlen(query, key, value, starts, int(longest or query.shape[2]), options.get("scaling")), None
     return attend_in_rows(module, query, key, value, starts.diff().tolist(), **options), None
+
+
+def has_varlen(dtype: torch.dtype, head_size: int, capability: tuple[int, int]) -> bool:
+    """Whether torch's attention for rows of unequal lengths computes this on a GPU of this compute capability.
+
+    >>> has_varlen(torch.bfloat16, 128, (9, 0)), has_varlen(torch.float32, 128, (9, 0))
+    (True, False)
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    return half and head_size <= MOST_HEAD_SIZE and head_size % HEAD_STEP == 0 and capability >= OLDEST_GPU
 
 
 def attend_in_rows(
@@ -189,8 +206,9 @@ def _last_queries(query: Tensor, key: Tensor, value: Tensor, *, scale: float | N
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
     out = varlen_attn(
-        queries, keys, values, first, second, sizes[0], sizes[1], scale=scale, window_size=(-1, 0), enable_gqa=gqa
-    )
+        queries, keys, values, first, second, sizes[0], sizes[1], scale=scale, window_size=(-1, 0), enable_gqa=gqa,
+        num_splits=ONE_PART,
+    )  # fmt: skip
     assert isinstance(out, Tensor)
     return out[None]
 
@@ -201,8 +219,9 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: 
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     gqa = query.shape[1] != key.shape[1]
     out = varlen_attn(
-        queries, keys, values, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=gqa
-    )
+        queries, keys, values, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=gqa,
+        num_splits=ONE_PART,
+    )  # fmt: skip
     assert isinstance(out, Tensor)
     return out[None]
 

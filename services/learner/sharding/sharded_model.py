@@ -24,6 +24,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.model.context import context_of
@@ -153,9 +154,23 @@ def shard(
 
 
 def whole(parameter: DTensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Return all of a weight, on every rank, cast to a type before it is gathered. All ranks must call it."""
-    own = detached(parameter)
-    return (own if dtype is None else detached(own.to(dtype))).full_tensor()
+    """Return all of a weight, on every rank, cast to a type before it is gathered. All ranks must call it.
+
+    It is gathered on the device of the mesh, also if the shards are in the host's memory: by NCCL on GPUs.
+    """
+    own = local_values(parameter).to(parameter.device_mesh.device_type, dtype or parameter.dtype)
+    return like(parameter, own).full_tensor()
+
+
+def like(parameter: DTensor, local: Tensor) -> DTensor:
+    """Return a distributed tensor with this rank's shard `local`, split like the parameter.
+
+    The shard stays where it is. `DTensor.from_local` would copy one in the host's memory to a GPU of the mesh.
+    """
+    meta = TensorMeta(parameter.shape, parameter.stride(), local.dtype)
+    spec = DTensorSpec(parameter.device_mesh, parameter.placements, meta)
+    made: DTensor = DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return made
 
 
 def local_values(parameter: Tensor) -> Tensor:

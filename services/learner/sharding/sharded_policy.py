@@ -20,7 +20,7 @@ from palimpsest.common.config.learner import OptimizerConfig
 from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.trainable import TrainablePolicy, adamw
-from palimpsest.services.learner.sharding.sharded_model import ShardedModel, local_values
+from palimpsest.services.learner.sharding.sharded_model import ShardedModel, like, local_values
 
 NORM_EPSILON = 1e-6
 """Term added to the norm by which gradients are divided, as in torch.nn.utils.clip_grad_norm_."""
@@ -144,18 +144,6 @@ class ShardedPolicy(TrainablePolicy):
 
     def _publish(self) -> None:
         """Do nothing: the masters are cast when they are gathered."""
-
-
-def like(parameter: DTensor, local: Tensor) -> DTensor:
-    """Return a distributed tensor with this rank's shard `local`, split like the parameter."""
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
 
 
 def _like(parameter: Tensor, local: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ A reload replaces the weights, but two kinds of copies survive it: that of a tie
 those of experts, which vLLM packs at the first load only. Both are packed again here. Afterwards each layer is
 multiplied with unit vectors, which returns columns of the matrix that computes, exactly; they are compared with the
 weights as they were loaded.
+
+On a GPU vLLM copies the weights of an update into the memory of the old ones, which CUDA graphs read. Linear layers are
+read back in the same way. Experts are compared with what vLLM made of them in the kernel's order, before that copy.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -92,14 +95,14 @@ class WeightUpdate:
         def process_weights_after_loading(module: nn.Module) -> None:
             self._record(module)
             process(module)
+            self._record_processed(module)
 
         return process_weights_after_loading
 
     def _record(self, module: Any) -> None:
         loaded = self._loaded[id(module)] = _Loaded()
         if _is_experts(module):
-            count = module.w13_weight.shape[0]
-            for expert in {(self._number * EXPERTS + i) % count for i in range(min(EXPERTS, count))}:
+            for expert in self._experts(module):
                 packed = packed_expert(module, module.w13_weight[expert], module.w2_weight[expert])
                 if packed is not None:
                     loaded.experts[expert] = packed
@@ -109,6 +112,20 @@ class WeightUpdate:
             loaded.columns = self._part(weight.shape[1])
             loaded.width = weight.shape[1]
             loaded.block = weight[:, loaded.columns].detach().clone()
+
+    def _record_processed(self, module: Any) -> None:
+        """Of experts that the engine does not pack for a CPU: keep what the update computes with, in the order of the
+        GPU's kernel. vLLM copies it afterwards into the memory that CUDA graphs read."""
+        loaded = self._loaded[id(module)]
+        if _is_experts(module) and not loaded.experts and not is_packed_for_cpu(module):
+            for expert in self._experts(module):
+                w13, w2 = (weight.detach()[expert].clone() for weight in (module.w13_weight, module.w2_weight))
+                loaded.experts[expert] = w13, w2
+
+    def _experts(self, module: Any) -> set[int]:
+        """The experts that this update compares."""
+        count = module.w13_weight.shape[0]
+        return {(self._number * EXPERTS + i) % count for i in range(min(EXPERTS, count))}
 
     def _compare_parameters(self, published: Mapping[str, Tensor]) -> None:
         own = dict(self._model.named_parameters())
@@ -146,9 +163,10 @@ class WeightUpdate:
 
 
 def repack_experts_on_update(method: type) -> None:
-    """Make this class of vLLM's MoE methods pack the experts at every load; vLLM packs them at the first only.
+    """Make this class of vLLM's MoE methods pack the experts for a CPU at every load; vLLM does it at the first.
 
-    Idempotent. Source: `UnquantizedFusedMoEMethod._setup_kernel` of vLLM 0.32.
+    Idempotent. Kernels of a GPU get the weights of an update from vLLM itself; their own set-up must not run twice.
+    Source: `UnquantizedFusedMoEMethod._setup_kernel` of vLLM 0.32.
     """
     setup = method._setup_kernel  # type: ignore[attr-defined]
     if getattr(setup, "packs_every_load", False):
@@ -157,7 +175,7 @@ def repack_experts_on_update(method: type) -> None:
     def _setup_kernel(self: Any, layer: nn.Module, w13: Tensor, w2: Tensor) -> None:
         is_update = self.moe_kernel is not None
         setup(self, layer=layer, w13=w13, w2=w2)
-        if is_update and not failpoints.active("rollout.skip_experts"):
+        if is_update and is_packed_for_cpu(layer) and not failpoints.active("rollout.skip_experts"):
             self.moe_kernel.fused_experts.process_weights_after_loading(layer)
 
     _setup_kernel.packs_every_load = True  # type: ignore[attr-defined]
@@ -194,16 +212,24 @@ def map_experts_on_cpu() -> None:
     CPUUnquantizedExperts.apply = mapped
 
 
+def is_packed_for_cpu(module: Any) -> bool:
+    """Whether the experts of a layer are packed for vLLM's CPU kernel. False on a GPU, and with zentorch."""
+    kernel = module.quant_method.moe_kernel
+    if kernel is None:
+        return False
+    experts = kernel.fused_experts
+    return getattr(experts, "isa", None) is not None and not experts._use_zentorch
+
+
 def packed_expert(module: Any, w13: Tensor, w2: Tensor) -> tuple[Tensor, Tensor] | None:
     """The weights of one expert as the CPU build packs them; None where another kernel computes (a GPU, zentorch).
 
     w13: gate and up weights, [2 * intermediate, hidden]. w2: down weights, [hidden, intermediate].
     """
-    kernel = module.quant_method.moe_kernel
-    experts = kernel.fused_experts if kernel is not None else None
-    isa = getattr(experts, "isa", None)
-    if experts is None or isa is None or experts._use_zentorch:
+    if not is_packed_for_cpu(module):
         return None
+    experts = module.quant_method.moe_kernel.fused_experts
+    isa = experts.isa
     from vllm._custom_ops import cpu_prepack_moe_weight
 
     size, padded = w2.shape[1], experts._padded_intermediate_size(experts.moe_config)
@@ -260,7 +286,7 @@ def _columns(module: Any, columns: slice, width: int, like: Tensor) -> Tensor:
 
 
 def _compare(name: str, value: Tensor, expected: Tensor) -> None:
-    different = value != expected
+    different = (value != expected) & ~(value.isnan() & expected.isnan())  # NaN: padding that a kernel never reads
     if bool(different.any()):
         largest = float((value.float() - expected.float()).abs().max())
         raise Differs(

@@ -1,10 +1,12 @@
 """learner.layout = "packed": each row has the log-probs of the row alone; what would not is refused at the start."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -162,12 +164,41 @@ def test_an_attention_that_ignores_the_rows_is_found_at_the_start(
 def test_on_a_gpu_torchs_attention_for_unequal_rows_gets_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes only: no GPU is needed, and none computes."""
     monkeypatch.setattr(packing, "attend_in_rows", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     with FakeTensorMode():
         query, key = (torch.empty(1, heads, 12, 32, dtype=torch.bfloat16, device="cuda") for heads in (4, 2))
         starts = torch.empty(4, dtype=torch.int32, device="cuda")
         named = {"cu_seq_lens_q": starts, "max_length_q": 5, "scaling": 0.2, "dropout": 0.0}
         out, _ = packing.attend(torch.nn.Module(), query, key, key, None, **named)
         assert (tuple(out.shape), out.device.type) == ((1, 12, 4, 32), "cuda")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "capability"),
+    [
+        (torch.float32, 64, (9, 0)),  # the canaries' passes in float32
+        (torch.bfloat16, 60, (9, 0)),
+        (torch.bfloat16, 512, (9, 0)),
+        (torch.bfloat16, 64, (7, 5)),
+    ],
+)
+def test_a_gpu_computes_row_by_row_what_that_attention_does_not(
+    dtype: torch.dtype, size: int, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[int]] = []
+
+    def in_rows(module: Any, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], **_: Any) -> Tensor:
+        calls.append(lengths)
+        return query.transpose(1, 2)
+
+    monkeypatch.setattr(packing, "attend_in_rows", in_rows)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    with FakeTensorMode():
+        query = torch.empty(1, 2, 12, size, dtype=dtype, device="cuda")
+        starts: Any = SimpleNamespace(diff=lambda: SimpleNamespace(tolist=lambda: [5, 4, 3]))  # fake ones have none
+        packing.attend(torch.nn.Module(), query, query, query, None, cu_seq_lens_q=starts, max_length_q=5)
+    assert calls == [[5, 4, 3]]
+    assert not packing.has_varlen(dtype, size, capability)
 
 
 def test_a_window_that_reaches_the_attention_is_refused() -> None:
