@@ -1,10 +1,11 @@
-"""usage: palimpsest doctor [--quiet] [RUN.toml] [--SECTION.KEY=VALUE ...]
+"""usage: palimpsest doctor [--quiet] [--gpu] [RUN.toml] [--SECTION.KEY=VALUE ...]
 
 Check whether this machine can run Palimpsest.
 
 palimpsest doctor                      # print every check with its value
 palimpsest doctor my.toml --run.id=a   # check the folder, the ports and the chat template of this run too
 palimpsest doctor --quiet my.toml      # print only problems; `make run` starts with this
+palimpsest doctor --gpu my.toml        # compute on the GPUs, too: kernels, repeated passes, sums; takes a minute
 
 Before `make setup`: python3 -m palimpsest.doctor (Python 3.9 or later).
 """
@@ -21,11 +22,12 @@ from pathlib import Path
 
 import palimpsest
 from palimpsest.doctor import gather, judge, run_file
-from palimpsest.doctor.findings import OK, STOPS, Finding
+from palimpsest.doctor.findings import OK, STOPS, WARNS, Finding
 from palimpsest.doctor.machine import kind_of_machine
 
 HOME = Path(__file__).resolve().parents[2]
 """The checkout, or the folder of the installed package."""
+NOT_SET_UP = Finding("GPU checks", "skipped: they need the installed packages", WARNS, "", "Run `make setup` first.")
 CONFIGURATION, UNAVAILABLE, INTERRUPTED = 2, 3, 130
 """Values of palimpsest.common.user_error.ExitCode, which Python 3.9 and 3.10 cannot import."""
 
@@ -35,7 +37,7 @@ def main(words: Sequence[str]) -> int:
     if "--help" in words or "-h" in words:
         print(__doc__)
         return 0
-    keys = [word for word in words if word != "--quiet"]
+    keys = [word for word in words if word not in ("--quiet", "--gpu")]
     if unknown := run_file.unknown(keys):
         print(f"palimpsest doctor {unknown}: there is no such flag; --help lists the flags", file=sys.stderr)
         return CONFIGURATION
@@ -45,7 +47,7 @@ def main(words: Sequence[str]) -> int:
     facts = gather.facts(checkout, kind_of_machine(), Path.cwd() / run_file.folder(values), run_file.ports(values))
     if values.get("env_gateway.code_tools") == "bubblewrap":
         facts = replace(facts, bubblewrap_missing=shutil.which("bwrap") is None)
-    quiet = len(keys) < len(words)
+    quiet = "--quiet" in words
     python = checkout / ".venv" / "bin" / "python" if checkout else Path(sys.executable)
     if installed:
         kind = str(values.get("tracking.kind", "none"))
@@ -53,6 +55,8 @@ def main(words: Sequence[str]) -> int:
     if installed and not quiet and run_file.names_a_run(keys):  # before a run, its worker proves the template
         facts = replace(facts, template=gather.template(keys, python))
     findings = judge.everything(facts, installed=installed)
+    if "--gpu" in words:
+        findings += gather.gpu(keys, python) if installed else [NOT_SET_UP]
     if quiet:
         for finding in findings:
             if finding.level != OK:

@@ -23,12 +23,15 @@ from pathlib import Path
 
 from palimpsest.doctor import machine
 from palimpsest.doctor.facts import Facts, Interpreter, Place, Port, TemplateProof
+from palimpsest.doctor.findings import STOPS, Finding
 
 ASKED = ("OMP_NUM_THREADS",)
 TRACKING = ("tensorboard", "wandb", "mlflow")
 """Kinds of tracking, and the modules that they need."""
 PROOF_LIMIT_S = 120
 """Limit for loading a tokenizer, in seconds: it can be downloaded."""
+GPU_LIMIT_S = 600
+"""Limit of the checks on GPUs, in seconds."""
 BUILT_HERE = "pycosat"
 """The only pinned package without wheels; it must be compiled."""
 
@@ -90,6 +93,19 @@ def template(words: Sequence[str], python: Path) -> TemplateProof:
     except (OSError, subprocess.CalledProcessError, ValueError, TypeError) as error:
         text = getattr(error, "stderr", None) or str(error)
         return TemplateProof("", unproven=text.strip().splitlines()[-1])
+
+
+def gpu(words: Sequence[str], python: Path) -> list[Finding]:
+    """Compute on the GPUs, in the environment of this Python. words: see `template`."""
+    command = [str(python), "-m", "palimpsest.doctor.prove_gpu", *words]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=GPU_LIMIT_S)
+        return [Finding(**finding) for finding in json.loads(done.stdout.splitlines()[-1])]
+    except (OSError, subprocess.SubprocessError, ValueError, TypeError, IndexError) as error:
+        return [Finding(
+            "GPU checks", f"ended without a result: {error}", STOPS, "A run would end or hang in the same way.",
+            "The lines above have the error. Run it on one GPU: CUDA_VISIBLE_DEVICES=0.",
+        )]  # fmt: skip
 
 
 def missing_tracking(kind: str, python: Path) -> str:
