@@ -25,8 +25,7 @@ import torch
 from minio import Minio
 from minio.credentials.providers import EnvAWSProvider
 from safetensors.torch import save_file
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from palimpsest.common.base_model import base_digest
@@ -37,6 +36,7 @@ from palimpsest.common.snapshots.raw_file import RawFile
 from palimpsest.common.snapshots.walker import Walker
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
+from palimpsest.rescore_attention import within_rows
 from palimpsest.rescore_records import Lacking, micro_batches
 from palimpsest.rescore_routing import given_experts
 
@@ -45,8 +45,6 @@ TRAINING_PASS = -2
 """In records: the forward pass of the training gave the old log-prob."""
 CHUNK_TOKENS = 1024
 """Default of learner.logprob_chunk_tokens."""
-ROWS = "rescore_within_rows"
-"""Name under which transformers knows the attention within packed rows."""
 
 
 def main(run: Path, config: dict[str, Any], model: str | None, every: int) -> dict[str, Any]:
@@ -58,7 +56,7 @@ def main(run: Path, config: dict[str, Any], model: str | None, every: int) -> di
     chunk, packed = learner.get("logprob_chunk_tokens", CHUNK_TOKENS), learner.get("layout") == "packed"
     with tempfile.TemporaryDirectory() as folder:
         store = snapshots(run, config, Path(folder))
-        engine = config.get("learner", {}).get("routing_replay") == "engine"
+        engine = learner.get("routing_replay") == "engine"
         models = Models(store, path, attention, chunk, packed=packed)
         shared = learner.get("context_parallel", 1) > 1
         try:
@@ -92,6 +90,7 @@ class Models:
         """chunk: learner.logprob_chunk_tokens of the run; packed: whether learner.layout is "packed"."""
         self._store, self._path, self._chunk, self.packed = store, path, chunk, packed
         self._attention = within_rows(attention) if packed else attention
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"  # as the learner on this machine
         self._loaded: tuple[int, Any] | None = None
 
     def __call__(self, version: int) -> Any:
@@ -140,7 +139,7 @@ class Models:
                 model = self._plain(folder)
         head = model.get_output_embeddings()
         head.forward = in_chunks(head.forward, self._chunk)
-        return model
+        return model.to(self._device)
 
     def _plain(self, folder: str) -> Any:
         return AutoModelForCausalLM.from_pretrained(
@@ -176,23 +175,6 @@ def in_chunks(head: Callable[[torch.Tensor], torch.Tensor], chunk: int) -> Calla
     return forward
 
 
-def within_rows(attention: str) -> str:
-    """Return the name of an attention that keeps packed rows apart: on a CPU one call of `sdpa` for each row."""
-    if attention != "sdpa":
-        return attention
-    AttentionInterface.register(ROWS, attend_within_rows)
-    return ROWS
-
-
-def attend_within_rows(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, **options: Any
-) -> tuple[torch.Tensor, None]:
-    """Attention of transformers' interface."""
-    lengths = options.pop("cu_seq_lens_q").diff().tolist()
-    parts = zip(*(torch.split(each, lengths, dim=2) for each in (query, key, value)), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *part, mask, **options)[0] for part in parts], dim=1), None
-
-
 @torch.no_grad()
 def score(model: Any, tokens: np.ndarray, temperatures: np.ndarray, lengths: Sequence[int] | None = None) -> np.ndarray:
     """Return log pi of every token given the tokens before it, 0 for the first one. [rows, length], nats
@@ -201,27 +183,30 @@ def score(model: Any, tokens: np.ndarray, temperatures: np.ndarray, lengths: Seq
     """
     if lengths is not None:
         return score_packed(model, tokens, temperatures, lengths)
-    rows = torch.from_numpy(tokens)
+    rows = torch.from_numpy(tokens).to(next(model.parameters()).device)
     logits = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
-    logprobs = (logits / torch.from_numpy(temperatures)[:, :, None]).log_softmax(-1)
-    chosen = logprobs.gather(-1, rows[:, 1:, None])[..., 0].numpy()
+    logprobs = (logits / torch.from_numpy(temperatures).to(rows.device)[:, :, None]).log_softmax(-1)
+    chosen = logprobs.gather(-1, rows[:, 1:, None])[..., 0].cpu().numpy()
     return np.concatenate([np.zeros((len(tokens), 1), dtype=np.float32), chosen], axis=1)
 
 
 def score_packed(model: Any, tokens: np.ndarray, temperatures: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
     """`score` of rows one after another in one sequence, as the learner packs them."""
-    starts = torch.tensor(np.concatenate(([0], np.cumsum(lengths))), dtype=torch.int32)
-    packed = torch.from_numpy(np.concatenate([row[:length] for row, length in zip(tokens, lengths, strict=True)]))
+    device = next(model.parameters()).device
+    starts = torch.tensor(np.concatenate(([0], np.cumsum(lengths))), dtype=torch.int32, device=device)
+    together = np.concatenate([row[:length] for row, length in zip(tokens, lengths, strict=True)])
+    packed = torch.from_numpy(together).to(device)
+    places = torch.cat([torch.arange(length, device=device) for length in lengths])
     logits = model(
-        input_ids=packed[None], position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        input_ids=packed[None], position_ids=places[None],
         cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=max(lengths), max_length_k=max(lengths),
         use_cache=False,
     ).logits[0].float()  # fmt: skip
     scored = np.zeros(tokens.shape, dtype=np.float32)
     for row, (start, length) in enumerate(zip(starts[:-1].tolist(), lengths, strict=True)):
-        own = logits[start : start + length - 1] / torch.tensor(temperatures[row])
+        own = logits[start : start + length - 1] / torch.tensor(temperatures[row], device=device)
         chosen = own.log_softmax(-1).gather(-1, packed[start + 1 : start + length, None])[:, 0]
-        scored[row, 1:length] = chosen.numpy()
+        scored[row, 1:length] = chosen.cpu().numpy()
     return scored
 
 

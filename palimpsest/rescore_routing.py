@@ -38,7 +38,7 @@ def given_experts(model: Any, routes: np.ndarray | None, lengths: Sequence[int] 
         result = own(scores, k, *rest, **named)
         if k != of_token or scores.dim() != 2 or scores.shape[1] != experts:
             return result
-        given = torch.from_numpy(positions[:, next(layer)]).long()
+        given = torch.from_numpy(positions[:, next(layer)]).long().to(scores.device)
         chosen = torch.where(given < 0, result.indices, given)
         return torch.return_types.topk((scores.gather(1, chosen), chosen))
 

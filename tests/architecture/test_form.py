@@ -21,6 +21,7 @@ PRINTS = {
     "view.py",
     "screen.py",
     "program.py",
+    "prove_gpu.py",
     "prove_template.py",
 }
 """Files that print to the terminal; all others log."""

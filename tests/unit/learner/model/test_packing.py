@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from palimpsest import rescore_attention
 from palimpsest.common.user_error import UserError
 from palimpsest.services.learner.batch.batching import Row, pad
 from palimpsest.services.learner.model import packing
@@ -169,8 +170,9 @@ def test_on_a_gpu_torchs_attention_for_unequal_rows_gets_all_of_them(monkeypatch
         query, key = (torch.empty(1, heads, 12, 32, dtype=torch.bfloat16, device="cuda") for heads in (4, 2))
         starts = torch.empty(4, dtype=torch.int32, device="cuda")
         named = {"cu_seq_lens_q": starts, "max_length_q": 5, "scaling": 0.2, "dropout": 0.0}
-        out, _ = packing.attend(torch.nn.Module(), query, key, key, None, **named)
-        assert (tuple(out.shape), out.device.type) == ((1, 12, 4, 32), "cuda")
+        for attend in (packing.attend, rescore_attention.attend_within_rows):
+            out, _ = attend(torch.nn.Module(), query, key, key, None, **named)
+            assert (tuple(out.shape), out.device.type) == ((1, 12, 4, 32), "cuda")
 
 
 @pytest.mark.parametrize(
