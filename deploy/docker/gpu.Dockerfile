@@ -14,6 +14,8 @@ FROM python:3.12-slim-bookworm
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/palimpsest /opt/palimpsest
 ENV PATH=/opt/palimpsest/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# kernels are compiled into HOME; the container runtime mounts the driver's libraries for these uses
+ENV HOME=/tmp NVIDIA_DRIVER_CAPABILITIES=compute,utility
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin palimpsest
 USER 10001:10001
 WORKDIR /tmp
