@@ -84,7 +84,8 @@ def test_checking_a_run_loads_no_heavy_library(service: str) -> None:
             {
                 f"services/rollout/engine/{name}.py"
                 for name in ("vllm", "vllm_lora", "vllm_weight_transfer", "weight_update")
-            },
+            }
+            | {"palimpsest/doctor/gpu_checks.py"},
         ),
         (
             "torch.distributed",
@@ -101,7 +102,8 @@ def test_checking_a_run_loads_no_heavy_library(service: str) -> None:
                     "sharded_model",
                     "sharded_policy",
                 )
-            },
+            }
+            | {"palimpsest/doctor/gpu_checks.py"},
         ),
         ("uvicorn", {"common/service.py", "common/control/connections.py"}),
         ("zstandard", {"common/bus/kafka/batches.py", "common/snapshots/codec.py"}),
