@@ -33,7 +33,7 @@ class Method:
 
 
 class Layer(nn.Module):
-    """Four experts; the last number of each is padding, which nobody writes."""
+    """Four experts; the last number of each is padding, which no load writes."""
 
     def __init__(self, value: float, method: Method) -> None:
         super().__init__()
