@@ -2,22 +2,21 @@
 
 python -m palimpsest.services.learner.torchrun --standalone --nproc-per-node=2 -m palimpsest.services.learner RUN.toml
 
+With --max-restarts, or a c10d rendezvous of several nodes, the launchers start the ranks again (restarts/agent.py).
+
 The arguments are torchrun's. torchrun itself exits with 1 however a rank ended, so that a supervisor or a Kubernetes
 Job could not tell an error of the configuration (do not start again) from a crash (start again).
 """
 
-import signal
 import sys
 from collections.abc import Iterable
 
 from palimpsest.common.user_error import ExitCode
+from palimpsest.services.learner.restarts.deaths import decisive, shell_code
 
-FROM_SIGNAL = 128
-"""A shell reports a process that signal N ended as 128 + N."""
 SHUTDOWN_S = 3600
 """Seconds that ranks have after SIGTERM to finish their step and write a checkpoint. The supervisor, or the grace
 period of the pod, ends them earlier; torchrun's own limit of 30 s would kill a rank in a long step."""
-OWN_CODES = frozenset(code for code in ExitCode if code not in (ExitCode.DONE, ExitCode.CRASHED))
 
 
 def main(arguments: list[str]) -> int:
@@ -27,6 +26,11 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     options = torchrun.parse_args([f"--shutdown-timeout={SHUTDOWN_S}", *arguments])  # type: ignore[no-untyped-call]
+    several = torchrun.parse_min_max_nnodes(options.nnodes)[1] > 1
+    if options.max_restarts > 0 or (several and options.rdzv_backend != "static"):
+        from palimpsest.services.learner.restarts.launch import launch  # reads the configuration, which others need not
+
+        return launch(options)
     try:
         torchrun.run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
@@ -40,16 +44,13 @@ def main(arguments: list[str]) -> int:
 def exit_code(failures: Iterable[tuple[int, int]]) -> int:
     """Return the exit code of the rank that ended the others.
 
-    failures: of each failed rank, the time of its failure in seconds and its exit code, negative for a signal. The
-    first code that the learner documents counts, because a rank that loses its connection to another one crashes too.
-    Of one second SIGTERM counts last: torchrun sends it to the other ranks.
+    failures: of each failed rank, the time of its failure in seconds and its exit code, negative for a signal.
 
     >>> exit_code([(5, 1), (6, 4)]), exit_code([(5, -9), (6, 1)])
     (4, 137)
     """
-    codes = [code for _, code in sorted(failures, key=lambda one: (one[0], one[1] == -signal.SIGTERM, one[1]))]
-    first = next((code for code in codes if code in OWN_CODES), codes[0])
-    return FROM_SIGNAL - first if first < 0 else first
+    by_rank = dict(enumerate(failures))
+    return shell_code(by_rank[decisive(by_rank)][1])
 
 
 if __name__ == "__main__":

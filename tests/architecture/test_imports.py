@@ -90,6 +90,7 @@ def test_checking_a_run_loads_no_heavy_library(service: str) -> None:
         (
             "torch.distributed",
             {"services/learner/distributed.py", "services/learner/torchrun.py"}
+            | {f"services/learner/restarts/{name}.py" for name in ("agent", "launch")}
             | {
                 f"services/learner/sharding/{name}.py"
                 for name in (

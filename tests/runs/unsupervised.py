@@ -74,6 +74,34 @@ class Services:
             own = flags.get(name, ())
             self.start(name, "learner", f"--learner.port={learner}", KEEP_ALL, *own, launcher=launcher)
 
+    def restarting(
+        self,
+        names: Sequence[str],
+        *,
+        nodes: str = "2",
+        store_type: str = "tcp",
+        restarts: int = 3,
+        fault: str = "",
+        flags: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    ) -> None:
+        """Start a learner of one rank a node, whose launchers start the ranks again. The first node serves the
+        rendezvous over TCP.
+
+        nodes: of --nnodes. flags: node -> flags of this node only.
+        """
+        learner, file = ports.free(), self.home.parent / "rendezvous"
+        endpoint = f"127.0.0.1:{ports.free()}" if store_type == "tcp" else str(file)
+        for name in names:
+            self.ports[name] = learner
+            conf = f"store_type={store_type},is_host={int(name == names[0])},last_call_timeout=2"
+            launcher = (
+                *("-m", "palimpsest.services.learner.torchrun", f"--nnodes={nodes}", "--nproc-per-node=1"),
+                *("--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=test", f"--rdzv-conf={conf}"),
+                f"--max-restarts={restarts}",
+            )
+            own = flags.get(name, ())
+            self.start(name, "learner", f"--learner.port={learner}", KEEP_ALL, *own, launcher=launcher, fault=fault)
+
     def log(self, name: str) -> Path:
         return self.home.parent / f"{name}.log"
 

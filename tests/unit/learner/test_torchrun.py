@@ -40,6 +40,12 @@ def test_the_ranks_may_finish_a_long_step_unless_the_user_limits_them(monkeypatc
     assert [options.shutdown_timeout for options in launched] == [SHUTDOWN_S, 5]
 
 
+def test_restarts_of_several_nodes_need_a_rendezvous_that_can_be_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = ("--nnodes=2", "--node-rank=1", "--master-addr=127.0.0.1", "--master-port=1", "--max-restarts=3")
+    assert main([*nodes, "-m", "a.module"]) == ExitCode.CONFIGURATION
+    assert "--rdzv-backend=c10d --rdzv-endpoint=HOST:PORT" in capsys.readouterr().err
+
+
 @pytest.mark.servers
 def test_an_error_of_the_configuration_ends_the_launcher_with_its_code(tmp_path: Path) -> None:
     run = tmp_path / "run.toml"
