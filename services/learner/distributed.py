@@ -24,15 +24,44 @@ TIME_LIMIT = datetime.timedelta(days=1)
 torchrun ends all ranks when one dies."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+class OtherRankFailed(RuntimeError):
+    """A pass failed on another of the ranks that share its rows. The text is its type and text there."""
+
+
+@dataclass(slots=True, eq=False)
 class Context:
-    """The ranks that share each row."""
+    """The ranks that share each row, and what they know of errors in the present pass."""
 
     rank: int
     """Of this process in the group."""
     size: int
     group: Any
     """The process group of torch.distributed."""
+    error: str = ""
+    """Of the present pass; "" while no rank has reported one. Equal on all ranks."""
+
+    def check(self) -> None:
+        """Hear of errors of the other ranks. All ranks call it at the same places of a pass, before each exchange of
+        tensors, until one of them has failed and calls `tell`. Raises OtherRankFailed then, and for the rest of the
+        pass."""
+        self.error = self.error or self._first_error("")
+        if self.error:
+            raise OtherRankFailed(self.error)
+
+    def tell(self, error: Exception) -> None:
+        """Tell the other ranks, once, that the pass has failed here. They must come to a `check`."""
+        self.error = self.error or self._first_error(f"{type(error).__name__}: {error}")
+
+    def _first_error(self, own: str) -> str:
+        """The error of the first rank that has one. A few bytes between the processors, whatever the device is."""
+        failed = torch.tensor([bool(own)], dtype=torch.uint8)
+        of_ranks = torch.empty(self.size, dtype=torch.uint8)
+        dist.all_gather(list(of_ranks.chunk(self.size)), failed, group=self.group)
+        if not of_ranks.any():
+            return ""
+        texts: list[str | None] = [None] * self.size
+        dist.all_gather_object(texts, own, group=self.group)
+        return next(text for text in texts if text)
 
     def gather(self, own: Tensor) -> Tensor:
         """Return the tensors of all ranks, one after another along the first dimension. They have one shape."""
@@ -76,9 +105,6 @@ class ProcessGroup:
         self.shares, self.share = self.size, self.rank
         """Number of shares of the rows, and the one of this rank. Ranks that share rows have the same."""
         self.context: Context | None = None
-        self.completes_passes = True
-        """Whether a pass that fails on a row can be completed, and its rows be searched. Not if ranks share rows: their
-        attention layers exchange keys in each pass."""
 
     def share_rows(self, together: int) -> None:
         """Let consecutive ranks share each row (learner.context_parallel). All ranks must call it with the same number.
@@ -93,7 +119,6 @@ class ProcessGroup:
         self.together = together
         self.shares, self.share = self.size // together, self.rank // together
         self.context = _context(self.size, self.rank, together) if together > 1 else None
-        self.completes_passes = together == 1
 
     @property
     def is_rank0(self) -> bool:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,16 +18,20 @@ pytestmark = pytest.mark.servers
 WRITTEN = (*CASES, "state", "written")
 
 
+def on_ranks(number: int, folder: Path, what: str) -> "subprocess.CompletedProcess[str]":
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}", "-m")
+    return subprocess.run(
+        [sys.executable, *launcher, "tests.processes.critic_on_ranks", str(build(tied=True)), str(folder), what],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S, check=False,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """Case -> results of each of two ranks; "read": of one rank that has read their checkpoint."""
     folder = tmp_path_factory.mktemp("critic")
     for number, what in ((2, "write"), (1, "read")):
-        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}", "-m")
-        done = subprocess.run(
-            [sys.executable, *launcher, "tests.processes.critic_on_ranks", str(build(tied=True)), str(folder), what],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S, check=False,
-        )  # fmt: skip
+        done = on_ranks(number, folder, what)
         assert done.returncode == 0, done.stdout[-4000:]
     found = {
         case: [torch.load(folder / f"{case} {rank}.pt", weights_only=False) for rank in range(2)] for case in WRITTEN
@@ -100,3 +105,19 @@ def test_policy_and_critic_continue_on_one_rank(saved: Any) -> None:
     assert any("critic" in name and float(tensor.abs().max()) > 0 for name, tensor in read["tensors"].items())
     assert list(saved["state"][0]["state"]) == list(saved["state"][1]["state"])
     assert not any("critic" in name and "master" in name for name in saved["state"][0]["state"]), "it is in the shards"
+
+
+@pytest.mark.long
+def test_ranks_that_share_rows_leave_out_a_row_on_which_policy_or_critic_fails(tmp_path: Path) -> None:
+    done = on_ranks(2, tmp_path, "shared")
+    assert done.returncode == 0, done.stdout[-4000:]
+    for case in FAILING:
+        first, second = (torch.load(tmp_path / f"{case}, shared {rank}.pt", weights_only=False) for rank in range(2))
+        for rank in (first, second):
+            own, expected = rank["sharded"], rank["replicated"]
+            assert own["rejected"] == expected["rejected"] == {"bad": f"ValueError: {case}"}
+            assert own["trained"] == expected["trained"]
+            for part in ("policy", "critic"):
+                pairs = zip(own["gradients"][part][0], expected["gradients"][part][0], strict=True)
+                assert all(float((a - b).norm()) <= 0.05 * float(b.norm()) + 1e-6 for a, b in pairs)
+                assert all(map(torch.equal, own["masters"][part], first["sharded"]["masters"][part]))

@@ -9,7 +9,21 @@ import pytest
 import torch
 
 from tests.learner_parts.models import build
-from tests.processes.failing_rows_on_ranks import AGAIN, BACKWARD, BLOCK, CASES, EMBEDDING, INFINITE, LOSS, NORM
+from tests.processes.failing_rows_on_ranks import (
+    ADAPTED_BLOCK,
+    AGAIN,
+    ATTENTION,
+    BACKWARD,
+    BLOCK,
+    CASES,
+    EMBEDDING,
+    GATHERED,
+    INFINITE,
+    LATER_AGAIN,
+    LOSS,
+    NORM,
+    SHARED_CASES,
+)
 from tests.processes.waiting import LIMIT_S
 from tests.runs.run_process import ROOT
 
@@ -18,8 +32,8 @@ pytestmark = pytest.mark.servers
 ERRORS = {EMBEDDING: "IndexError: index out of range in self", INFINITE: "NotFinite: the gradient is not finite"}
 
 
-def on_ranks(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m")
+def on_ranks(folder: Path, *arguments: str, number: int = 2) -> subprocess.CompletedProcess[str]:
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}", "-m")
     return subprocess.run(
         [sys.executable, *launcher, "tests.processes.failing_rows_on_ranks", str(build(tied=True)), str(folder),
          *arguments],
@@ -34,6 +48,44 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
     done = on_ranks(folder)
     assert done.returncode == 0, done.stdout[-4000:]
     return {case: [torch.load(folder / f"{case} {rank}.pt", weights_only=False) for rank in range(2)] for case in CASES}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        (2, (ATTENTION, LATER_AGAIN)),
+        pytest.param((2, SHARED_CASES), marks=pytest.mark.long),
+        pytest.param((4, SHARED_CASES), marks=pytest.mark.long),
+    ],
+    ids=["two ranks, two cases", "two ranks", "four ranks"],
+)
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Case -> results of each rank, where two ranks share each row. The row fails on the second one of its group."""
+    folder, (number, cases) = tmp_path_factory.mktemp("shared"), request.param
+    done = on_ranks(folder, "shared", *cases, number=number)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return {
+        case: [torch.load(folder / f"{case} {rank}.pt", weights_only=False) for rank in range(number)] for case in cases
+    }
+
+
+def test_ranks_that_share_rows_leave_out_the_row(shared: Any) -> None:
+    for case, rank in [(case, rank) for case, ranks in shared.items() for rank in ranks]:
+        own, expected = rank["failing"], rank["expected"]
+        assert own["rejected"] == {"bad": ERRORS.get(case, f"ValueError: {case}")}
+        assert expected["rejected"] == {}, case
+        assert all(torch.equal(a, b) for a, b in zip(own["masters"], expected["masters"], strict=True)), case
+        assert (own["norm"], own["steps"], own["skipped"]) == (expected["norm"], 2, 0), case
+        assert own["norm"] > 0, case
+        assert own["loss"] == pytest.approx(expected["loss"], rel=1e-6), case
+
+
+def test_shared_rows_have_the_scores_of_a_run_without_the_row(shared: Any) -> None:
+    for case in shared.keys() & {EMBEDDING, BLOCK, NORM, ATTENTION, GATHERED, ADAPTED_BLOCK}:
+        own, expected = (shared[case][0][name]["scores"] for name in ("failing", "expected"))
+        assert own["bad"].isnan().all(), case
+        for row in own.keys() - {"bad"}:
+            assert torch.equal(own[row], expected[row]), case
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,8 +1,6 @@
 """Train fixed rows on ranks that share them, and on one rank alone; save both results.
 
 torchrun --standalone --nproc-per-node=2 -m tests.processes.context_on_ranks QWEN3 LLAMA EXPERTS FOLDER
-
-With QWEN3 alone: train rows of which one fails in a block of rank 1.
 """
 
 import os
@@ -167,24 +165,5 @@ def keep(context: Context, values: torch.Tensor) -> torch.Tensor:
     return values.view(context.size, -1, *values.shape[1:])[context.rank]
 
 
-def failing(model: str) -> None:
-    """Train a version; the MLP of rank 1 fails on its tokens."""
-    ranks = ProcessGroup(equal_passes=True)
-    ranks.share_rows(TOGETHER)
-    files = ModelFiles(
-        model, "sdpa", init_device_mesh("cpu", (ranks.size,)), ranks.device, layout="packed", context=ranks.context
-    )
-    policy = ShardedPolicy(files.build(holds=torch.float32, trains=True), OPTIMIZER, ranks)
-    if ranks.rank == 1:
-        policy.model.causal.model.layers[0].mlp.register_forward_pre_hook(_refuse)
-    results(policy, CASES["Qwen3"], ranks)
-
-
-def _refuse(*_: object) -> None:
-    raise RuntimeError("this row fails")
-
-
-if __name__ == "__main__" and len(sys.argv) == 2:
-    failing(sys.argv[1])
-elif __name__ == "__main__":
+if __name__ == "__main__":
     main({"Qwen3": sys.argv[1], "Llama": sys.argv[2]}, sys.argv[3], Path(sys.argv[4]))

@@ -1,6 +1,8 @@
 """Train a policy and its critic under torchrun, replicated and split over the ranks, and save both results.
 
-torchrun --standalone --nproc-per-node=N -m tests.processes.critic_on_ranks MODEL FOLDER write|read
+torchrun --standalone --nproc-per-node=N -m tests.processes.critic_on_ranks MODEL FOLDER write|read|shared
+
+shared: the cases with a row that fails, on ranks that share rows.
 """
 
 import copy
@@ -76,14 +78,14 @@ def learner(case: str) -> LearnerConfig:
 
 
 def built(
-    case: str, model: str, ranks: ProcessGroup, *, split: bool
+    case: str, model: str, ranks: ProcessGroup, *, split: bool, packed: bool = False
 ) -> tuple[TrainablePolicy, TrainingState, Shards | None]:
     """A policy and its state; the critic's head is not zero."""
     config, shards = learner(case), None
-    layout, attention = ("packed", "sdpa") if case == AGAIN else ("padded", "eager")
+    layout, attention = ("packed", "sdpa") if packed or case == AGAIN else ("padded", "eager")
     if split:
         mesh = init_device_mesh("cpu", (ranks.size,))
-        files = ModelFiles(model, attention, mesh, ranks.device, layout=layout)
+        files = ModelFiles(model, attention, mesh, ranks.device, layout=layout, context=ranks.context)
         policy: Any = ShardedPolicy(files.build(holds=torch.float32, trains=True), OPTIMIZER, ranks)
         if case == AGAIN:
             policy.model(checkpoint_activations)
@@ -157,14 +159,15 @@ def results(case: str, policy: Any, state: TrainingState, ranks: ProcessGroup) -
     """Results of one version. Tensors are whole."""
     critic, gradients = state.critic, dict[str, list[list[torch.Tensor]]](policy=[], critic=[])
     assert critic is not None
-    before = values(critic, [row for minibatch in CASES[case] for row in minibatch])
+    everything = [row for minibatch in CASES[case] for row in minibatch]
+    before = [] if ranks.context is not None else values(critic, everything)
     spoil(case, policy, critic)
     parts = {"policy": policy, "critic": critic.trainable}
     norms: dict[str, list[float]] = {"policy": [], "critic": []}
     for name, trainable in parts.items():
         trainable.step = noting(trainable, gradients[name], norms[name])
     own = Trainer(policy, state, ranks, learner(case), length=64, seed=0).train(CASES[case], NOW)
-    together = merge(ranks.all_gather_object(own))
+    together = merge(ranks.gather_shares(own))
     return {
         "values": before,
         "gradients": gradients,
@@ -177,7 +180,8 @@ def results(case: str, policy: Any, state: TrainingState, ranks: ProcessGroup) -
 
 
 def main(model: str, folder: Path, what: str) -> None:
-    """write: save one file per case and rank, and a checkpoint. read: continue from the checkpoint."""
+    """write: save one file per case and rank, and a checkpoint. read: continue from the checkpoint. shared: save one
+    file per failing case and rank."""
     torch.set_num_threads(1)
     ranks = ProcessGroup(equal_passes=True)
     if what == "write":
@@ -194,6 +198,16 @@ def main(model: str, folder: Path, what: str) -> None:
                 written = write_shards(shards, folder / "checkpoint")
                 torch.save({"state": state.state(), "files": written}, folder / f"state {ranks.rank}.pt")
                 torch.save(continued(policy, state), folder / f"written {ranks.rank}.pt")
+    elif what == "shared":
+        replicated = copy.copy(ranks)
+        replicated.equal_passes = False
+        ranks.share_rows(ranks.size)
+        for case in FAILING:
+            saved = {}
+            for name, group in (("replicated", replicated), ("sharded", ranks)):
+                policy, state, _ = built(case, model, group, split=group.equal_passes, packed=True)
+                saved[name] = results(case, policy, state, group)
+            torch.save(saved, folder / f"{case}, shared {ranks.rank}.pt")
     else:
         policy, state, _ = built(UNEVEN, model, ranks, split=True)
         policy.source, policy.steps = folder / "checkpoint", 2  # type: ignore[attr-defined]

@@ -1,10 +1,14 @@
 """Train rows of which one fails under torchrun with a sharded policy, and the same rows without it; save both.
 
 torchrun --standalone --nproc-per-node=2 -m tests.processes.failing_rows_on_ranks MODEL FOLDER [unguarded]
+torchrun --standalone --nproc-per-node=N -m tests.processes.failing_rows_on_ranks MODEL FOLDER shared CASE...
+
+shared: two ranks share each row. The row fails on the second rank of its group.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +19,18 @@ from palimpsest.common.arrays import Float32Array
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import PaddedBatch, Row, micro_batches, pad
 from palimpsest.services.learner.distributed import ProcessGroup
+from palimpsest.services.learner.model.context import SlicedRows
 from palimpsest.services.learner.model.policy import checkpoint_activations
 from palimpsest.services.learner.old_logprobs import distributed_scorer
 from palimpsest.services.learner.old_logprobs.distributed_scorer import DistributedScorer, model_scorer, serve_scoring
 from palimpsest.services.learner.old_logprobs.missing import MissingCounter, MissingReason
 from palimpsest.services.learner.proximal.types import Exact
 from palimpsest.services.learner.sharding import pass_errors, sharded_model
-from palimpsest.services.learner.sharding.load import ModelFiles
+from palimpsest.services.learner.sharding.adapter_policy import AdapterPolicy
+from palimpsest.services.learner.sharding.load import COMPUTES, ModelFiles
 from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy
 from palimpsest.services.learner.training.results import merge
+from tests.learner_parts.adapters import LORA, renew
 from tests.learner_parts.failing_backward import fail_backward
 from tests.learner_parts.models import CurrentModel, train
 from tests.processes.shard_on_ranks import OPTIMIZER, whole
@@ -44,6 +51,12 @@ EMBEDDING, BLOCK, NORM, BACKWARD, LOSS, INFINITE = (
 AGAIN = "the backward pass of layers that are computed again"
 CASES = (EMBEDDING, BLOCK, NORM, BACKWARD, AGAIN, LOSS, INFINITE)
 """Where the row fails."""
+ATTENTION, GATHERED = "an attention, before the exchange of keys", "the log-probs, after their exchange"
+LATER, LATER_AGAIN = "the backward pass of the last layer", "the backward pass of the last layer, computed again"
+OUTPUT = "the backward pass, before that of the last layer"
+ADAPTED_BLOCK, ADAPTED_BACKWARD = "a block with an adapter", "the backward pass of the last layer with an adapter"
+SHARED_CASES = (*CASES, ATTENTION, GATHERED, LATER, LATER_AGAIN, OUTPUT, ADAPTED_BLOCK, ADAPTED_BACKWARD)
+"""The same, where ranks share rows."""
 
 
 def rows(*, token: int, advantage: float) -> list[list[Row]]:
@@ -52,8 +65,8 @@ def rows(*, token: int, advantage: float) -> list[list[Row]]:
     return [[*some_rows("k", [35, 35, 33, 6, 5]), bad], some_rows("l", [20, 12])]
 
 
-def spoil(policy: ShardedPolicy, case: str) -> None:
-    """Let passes over a row with the token ONLY fail there."""
+def spoil(policy: ShardedPolicy | AdapterPolicy, case: str) -> Callable[[], None]:
+    """Let passes over a row with the token ONLY fail there. Return what fails after the exchange of log-probs."""
     causal, seen = policy.model.causal, [False]
 
     def look(_: object, arguments: tuple[torch.Tensor]) -> None:
@@ -65,12 +78,17 @@ def spoil(policy: ShardedPolicy, case: str) -> None:
 
     decoder: Any = causal
     decoder.get_input_embeddings().register_forward_pre_hook(look)
-    if case == BLOCK:
+    if case in (BLOCK, ADAPTED_BLOCK):
         decoder.base_model.layers[1].mlp.register_forward_pre_hook(fail)
     elif case == NORM:
         decoder.base_model.norm.register_forward_pre_hook(fail)
+    elif case == ATTENTION:
+        decoder.base_model.layers[1].self_attn.register_forward_pre_hook(fail)
     elif case in (BACKWARD, AGAIN, INFINITE):
         fail_backward(causal, ONLY, None if case == INFINITE else ValueError(case))
+    elif case in (LATER, LATER_AGAIN, OUTPUT, ADAPTED_BACKWARD):
+        fail_backward(causal, ONLY, ValueError(case), layer=1, after=case == OUTPUT)
+    return fail if case == GATHERED else lambda: None
 
 
 def spoil_loss(trainer: Any, case: str) -> None:
@@ -102,12 +120,22 @@ def trained(files: ModelFiles, ranks: ProcessGroup, case: str, minibatches: list
     """Results of one version after passes without gradient, and the scores of all rows on rank 0."""
     from palimpsest.services.learner.training import trainer
 
-    policy = ShardedPolicy(files.build(holds=torch.float32, trains=True), OPTIMIZER, ranks)
-    spoil(policy, case)
-    if case == AGAIN:
+    policy: ShardedPolicy | AdapterPolicy
+    if files.adapted:
+        adapted = files.build(holds=COMPUTES, trains=True)
+        renew(adapted, seed=7)
+        policy = AdapterPolicy(adapted, OPTIMIZER)
+    else:
+        policy = ShardedPolicy(files.build(holds=torch.float32, trains=True), OPTIMIZER, ranks)
+    after_exchange = spoil(policy, case)
+    if case in (AGAIN, LATER_AGAIN):
         policy.model(checkpoint_activations)
-    scores = scored(policy, minibatches[0], ranks)
-    made = trainer.Passes
+    made, whole_values = trainer.Passes, SlicedRows.whole
+
+    def exchanged(own: SlicedRows, values: torch.Tensor) -> torch.Tensor:
+        gathered = whole_values(own, values)
+        after_exchange()
+        return gathered
 
     def passes(*arguments: Any) -> Any:
         own = made(*arguments)
@@ -115,12 +143,15 @@ def trained(files: ModelFiles, ranks: ProcessGroup, case: str, minibatches: list
         return own
 
     trainer.Passes = passes  # type: ignore[misc, assignment]
+    SlicedRows.whole = exchanged  # type: ignore[method-assign]
     try:
+        scores = scored(policy, minibatches[0], ranks)
         source = Counting(policy.model)
         own = train(policy, source, ranks, minibatches, NOW, config=LEARNER, misses=source.misses)
     finally:
         trainer.Passes = made  # type: ignore[misc]
-    together = merge(ranks.all_gather_object(own))
+        SlicedRows.whole = whole_values  # type: ignore[method-assign]
+    together = merge(ranks.gather_shares(own))
     return {
         "scores": scores,
         "rejected": together.rejected,
@@ -133,7 +164,7 @@ def trained(files: ModelFiles, ranks: ProcessGroup, case: str, minibatches: list
     }
 
 
-def scored(policy: ShardedPolicy, wanted: list[Row], ranks: ProcessGroup) -> dict[str, torch.Tensor]:
+def scored(policy: ShardedPolicy | AdapterPolicy, wanted: list[Row], ranks: ProcessGroup) -> dict[str, torch.Tensor]:
     """Row -> its log-probs, on rank 0."""
     forward = model_scorer(policy.model, ranks.device)
     if not ranks.is_rank0:
@@ -149,16 +180,20 @@ def scored(policy: ShardedPolicy, wanted: list[Row], ranks: ProcessGroup) -> dic
     }
 
 
-def main(model: str, folder: Path, *, guarded: bool) -> None:
-    """Save one file per case and rank."""
+def main(model: str, folder: Path, *, guarded: bool, shared: Sequence[str]) -> None:
+    """Save one file per case and rank. shared: the cases with ranks that share rows; none: the others."""
     torch.set_num_threads(1)
     ranks = ProcessGroup(equal_passes=True)
-    files = ModelFiles(model, "eager", init_device_mesh("cpu", (ranks.size,)), ranks.device)
+    ranks.share_rows(2 if shared else 1)
+    layout, attention = ("packed", "sdpa") if shared else ("padded", "eager")
+    mesh = init_device_mesh("cpu", (ranks.size,))
+    make = partial(ModelFiles, model, attention, mesh, ranks.device, layout=layout, context=ranks.context)
     if not guarded:
         for module in (pass_errors, sharded_model, distributed_scorer):
             module.may_be_of_row = lambda _: False  # type: ignore[attr-defined]
-    for case in CASES:
+    for case in shared or CASES:
         token = BEYOND if case == EMBEDDING else ONLY
+        files = make(lora=LORA) if case in (ADAPTED_BLOCK, ADAPTED_BACKWARD) else make()
         saved = {
             "failing": trained(files, ranks, case, rows(token=token, advantage=1.0)),
             "expected": trained(files, ranks, case, rows(token=7, advantage=0.0)),
@@ -168,4 +203,5 @@ def main(model: str, folder: Path, *, guarded: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), guarded=sys.argv[3:] != ["unguarded"])
+    what, *cases = sys.argv[3:] or ["guarded"]
+    main(sys.argv[1], Path(sys.argv[2]), guarded=what != "unguarded", shared=cases)

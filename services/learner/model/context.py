@@ -115,11 +115,13 @@ class _KeysOfAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, rows: SlicedRows) -> Tensor:
         ctx.rows = rows
+        rows.context.check()
         return rows.context.gather(own)[rows.order]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         rows: SlicedRows = ctx.rows
+        rows.context.check()
         return rows.context.sum_of_shares(gradient[rows.inverse]), None
 
 
@@ -129,6 +131,7 @@ class _Values(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, rows: SlicedRows) -> Tensor:
         ctx.rows, ctx.count = rows, len(own)
+        rows.context.check()
         return rows.context.gather(own)[rows.kept]
 
     @staticmethod

@@ -86,7 +86,7 @@ class Critic:
         Shapes: see `value_loss`; rows: see `values`.
         """
         values = self.forward(tokens, rows)
-        with completing(self._valued):
+        with completing(self._valued, ends=False):
             return value_loss(values, returns, old_values, mask, clip=clip, denominator=denominator)
 
     def gradients(self) -> list[Tensor]:

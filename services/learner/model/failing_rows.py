@@ -15,6 +15,7 @@ from palimpsest.common.logs import logger
 from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import UNTRAINABLE
 from palimpsest.services.learner.batch.batching import PaddedBatch, Row, pad
+from palimpsest.services.learner.distributed import OtherRankFailed
 
 Forward = Callable[[PaddedBatch], object]
 ErrorOf = Callable[[Sequence[int]], Exception | None]
@@ -91,7 +92,7 @@ def _bisect(error_of: ErrorOf, places: range, found: dict[int, str]) -> None:
     if error is None:
         return
     if len(places) == 1:
-        found[places[0]] = f"{type(error).__name__}: {error}"
+        found[places[0]] = str(error) if isinstance(error, OtherRankFailed) else f"{type(error).__name__}: {error}"
         return
     middle = len(places) // 2
     _bisect(error_of, places[:middle], found)

@@ -90,12 +90,12 @@ def _share(ranks: ProcessGroup, batches: Sequence[PaddedBatch], forward: Pass) -
         try:
             values[i] = forward(batch)
         except Exception as error:
-            if not ranks.completes_passes or not may_be_of_row(error):
+            if not may_be_of_row(error):
                 raise
     if len(own) < -(-len(batches) // ranks.shares):
         forward(empty_batch())
     failed = [i for i in range(len(own)) if i not in values]
-    if ranks.completes_passes and any(ranks.all_gather_object(bool(failed))):
+    if any(ranks.all_gather_object(bool(failed))):
         turns = Turns(ranks, idle=lambda: forward(empty_batch()))
 
         def in_turn(batch: PaddedBatch) -> Float32Array:

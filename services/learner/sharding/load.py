@@ -138,7 +138,7 @@ class ModelFiles:
             parameter.data = parameter.data.to(holds)
             parameter.requires_grad_(trains)
         model = shard(top.eval(), blocks_of(causal), self._mesh, computes=COMPUTES, offload=offload)
-        model.computes_on, model.errors = self._device, self.errors
+        model.computes_on, model.errors, model.guard.context = self._device, self.errors, self._context
         _give_memory(model, self._device, torch.device("cpu") if offload else self._device)
         self._read(model, names)
         return model

@@ -10,7 +10,6 @@ Parameters that are added after the split are whole on every rank, and FSDP2 doe
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +26,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from palimpsest.common.user_error import UserError
-from palimpsest.services.learner.model.context import context_of
 from palimpsest.services.learner.model.failing_rows import may_be_of_row
 from palimpsest.services.learner.model.output_head import decoder_of
 from palimpsest.services.learner.sharding.pass_errors import BlockGuard, PassErrors, complete_backward
@@ -49,48 +47,48 @@ class ShardedModel(torch.nn.Module):
     def forward(self, function: Callable[[torch.nn.Module], T]) -> T:
         """Return `function(causal)`. All ranks must call it."""
         try:
-            return function(self.causal)
+            result = function(self.causal)
+            if self.guard.active:
+                self.guard.check()
+            return result
         except Exception as error:
             if not self.guard.active or not may_be_of_row(error):
                 raise
             if self.guard.entered == 0:  # before the first block: let the blocks take part in a pass over padding
+                if self.guard.context is not None:
+                    self.guard.error = error  # without their exchanges
                 padding = torch.zeros((1, 2), dtype=torch.int64, device=self.computes_on)
                 decoder_of(self.causal)(input_ids=padding, use_cache=False)
             if self.guard.entered != self.guard.blocks:
                 raise
             self.guard.error = self.guard.error or error
-        result: Any = None
-        return result  # type: ignore[no-any-return]
+            self.guard.tell(error)
+        nothing: Any = None
+        return nothing  # type: ignore[no-any-return]
 
     def score(self, function: Callable[[torch.nn.Module], T], failed: Callable[[], T]) -> T:
         """Return `function(causal)`, which makes one forward pass. All ranks must call it.
 
-        If it fails on a row and `completes_passes`, all ranks still complete the pass, and also the backward pass that
-        follows one with gradient. Then this rank raises the error. A pass without gradient returns `failed()` inside of
-        `errors.deferred`.
+        If it fails on a row, all ranks still complete the pass, and also the backward pass that follows one with
+        gradient. Then this rank raises the error, and those that share the row raise OtherRankFailed. A pass without
+        gradient returns `failed()` inside of `errors.deferred`.
         """
         gradient, root = torch.is_grad_enabled(), self._root()
         # The weights outside the blocks stay whole for the backward pass, which needs them first and frees them.
         root.set_reshard_after_forward(not gradient, recurse=False)
         try:
-            with self.guard.guarding() if self.completes_passes else nullcontext():
+            with self.guard.guarding():
                 result: T = self(function)
             if (error := self.guard.error) is None:
                 return result
             if gradient:
-                complete_backward(self)
+                complete_backward(self, error)
                 raise error
             self.errors.add(error)
             return failed()
         finally:
             self.guard.error = None
             root.set_reshard_after_forward(True, recurse=False)
-
-    @property
-    def completes_passes(self) -> bool:
-        """Whether a rank can complete a pass that fails on it. Not with context parallelism: the other ranks wait for
-        its keys."""
-        return context_of(self.causal) is None
 
     def _root(self) -> Any:
         return self

@@ -31,15 +31,16 @@ class Turns:
         self._ranks, self._idle, self._is_finite = ranks, idle, is_finite
 
     def search(self, own: Callable[[], T]) -> T:
-        """Return `own()`, whose passes must be in `trial`. With `equal_passes` all ranks must call it."""
+        """Return `own()`, whose passes must be in `trial`. With `equal_passes` all ranks must call it. Ranks that share
+        rows search together: a pass fails on all of them."""
         if not self._ranks.equal_passes:
             return own()
-        for rank in range(self._ranks.rank):
-            self._assist(rank)
+        for share in range(self._ranks.share):
+            self._assist(share)
         result = own()
-        self._ranks.all_gather_object(False)
-        for rank in range(self._ranks.rank + 1, self._ranks.size):
-            self._assist(rank)
+        self._ranks.gather_shares(False)
+        for share in range(self._ranks.share + 1, self._ranks.shares):
+            self._assist(share)
         return result
 
     @contextmanager
@@ -57,9 +58,9 @@ class Turns:
         if not self._all_finite():
             raise NotFinite
 
-    def _assist(self, rank: int) -> None:
-        """Take part in the passes of this rank's search."""
-        while self._ranks.all_gather_object(False)[rank]:
+    def _assist(self, share: int) -> None:
+        """Take part in the passes in which the ranks of another share search."""
+        while self._ranks.gather_shares(False)[share]:
             self._idle()
             self._all_finite()
 

@@ -122,12 +122,12 @@ class Passes:
             try:
                 passes.append(self._both(version, place, denominators, bounds, sums))
             except Exception as error:
-                if not self._ranks.completes_passes or not may_be_of_row(error):
+                if not may_be_of_row(error):
                     raise
                 failed = failed or error
                 if not self._ranks.equal_passes:
                     break
-        if failed is None and look and self._ranks.completes_passes and not self._is_finite():
+        if failed is None and look and not self._is_finite():
             failed = NotFinite()
         return passes, failed
 
@@ -214,7 +214,7 @@ class Passes:
         try:
             passed = self._pass(version, place, denominators, bounds, sums)
         except Exception as error:
-            if self._ranks.equal_passes and self._ranks.completes_passes and may_be_of_row(error):
+            if self._ranks.equal_passes and may_be_of_row(error):
                 self._critic.complete(version, place, denominators)
             raise
         self._critic.train(version, place, denominators)
