@@ -17,9 +17,16 @@ FULL = {
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write. It appears under `path` when the block succeeds; an error leaves no file, names `path`."""
+    """Open a file to write. It appears under `path` when the block succeeds; an error leaves no file, names `path`.
+
+    A device or a pipe, for example /dev/stdout, is written to directly: a rename would replace it for every program.
+    """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if is_special(path):
+        with with_filename(path), path.open("wb") as file:
+            yield file
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -35,6 +42,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.filename == str(partial):
             error.filename = str(path)
         raise
+
+
+def is_special(path: Path) -> bool:
+    """Whether the path names a device, a pipe, or an open file of a process, such as /dev/stdout."""
+    of_process = (path.is_symlink() and path.absolute().is_relative_to("/dev")) or path.is_relative_to("/proc")
+    return path.exists() and (of_process or not path.is_file())
 
 
 def write(path: Path, body: bytes) -> None:

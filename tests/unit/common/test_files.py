@@ -84,6 +84,30 @@ def test_a_failed_rename_leaves_no_temporary_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
+@pytest.mark.parametrize("link", ["/proc/self/fd/{}", "{folder}/link", "/dev/fd/{}"])
+def test_a_pipe_is_written_to_and_stays(tmp_path: Path, link: str) -> None:
+    reader, writer = os.pipe()
+    path = Path(link.format(writer, folder=tmp_path))
+    if not path.exists():
+        path.symlink_to(f"/proc/self/fd/{writer}")
+    write(path, b"body")
+    os.close(writer)
+    assert os.read(reader, 100) == b"body"
+    assert path.is_symlink() == (path.parent == tmp_path)  # the link in the folder is not replaced
+    os.close(reader)
+
+
+def test_the_standard_output_stays_also_when_it_is_a_file(tmp_path: Path) -> None:
+    program = (
+        "import pathlib, sys; from palimpsest.common.files import write; write(pathlib.Path(sys.argv[1]), b'body')"
+    )
+    before = Path("/dev/stdout").readlink()
+    with (tmp_path / "out").open("wb") as out:
+        subprocess.run([sys.executable, "-c", program, "/dev/stdout"], check=True, cwd=Path.cwd(), stdout=out)
+    assert (tmp_path / "out").read_bytes() == b"body"
+    assert Path("/dev/stdout").readlink() == before
+
+
 def test_an_error_of_the_temporary_file_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / ("n" * 250)  # with the ending of the temporary file the name is too long
     with pytest.raises(OSError, match="too long") as error:

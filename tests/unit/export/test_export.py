@@ -20,6 +20,7 @@ from palimpsest.export.export import export
 from palimpsest.services.report.named_run import named_run
 from tests.processes.programs import run_program
 from tests.processes.waiting import LIMIT_S, until
+from tests.records.history_lines import a_line
 from tests.records.stored_runs import a_run, put
 from tests.runs.run_process import ROOT
 from tests.servers.stored_weights import a_tensor, flip
@@ -62,7 +63,7 @@ def home(tmp_path: Path, model: Path) -> Path:
     home = a_run(tmp_path / "first", model)
     for version in (3, 4, 5):
         put(home, version, tensors_of(10 * version))
-    lines = [{"published": version, "tokens": 1000 * version} for version in (3, 4, 5)]
+    lines = [a_line(version - 1) | {"tokens": 1000 * version} for version in (3, 4, 5)]
     (home / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return home
 

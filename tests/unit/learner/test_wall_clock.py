@@ -11,6 +11,7 @@ FOR_DISPLAYS = {
     "services/learner/control/build.py": "the time of day on the page",
     "services/learner/tracking/mlflow_run.py": "timestamps of metrics at the tracking server",
     "common/control/desk.py": "requested_at of a change",
+    "services/learner/control/run_control.py": "requested_at of a change that the command line states",
     "common/outages.py": "since and until of an outage in /v1/status",
 }
 """File that reads the wall clock -> the field that it fills. docs/messages.md: such fields are for displays only."""
