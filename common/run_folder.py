@@ -49,3 +49,11 @@ def refusal_file(home: Path, process: str) -> Path:
 def cache_folder(home: Path, owner: str) -> Path:
     """Return the scratch folder of one process. It is removed with the run."""
     return home / "cache" / owner
+
+
+def objects_folder(home: Path, node: str = "") -> Path:
+    """Return the folder of the downloads that processes of one machine share (common/snapshots/shared_objects.py).
+
+    node: the number of a node whose ranks share with no other process of the run; "": all processes share.
+    """
+    return cache_folder(home, f"objects-{node}" if node else "objects")

@@ -51,6 +51,7 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
         from palimpsest.services.learner.loop_parts import Training
         from palimpsest.services.learner.model.routing import refuse_unroutable
         from palimpsest.services.learner.old_logprobs.distributed_scorer import model_scorer
+        from palimpsest.services.learner.old_logprobs.version_source import source_of_rank
         from palimpsest.services.learner.sharding.build import build_shards
         from palimpsest.services.learner.training.build import build_training_state
         from palimpsest.services.learner.training.build_policy import build_policy, read_start
@@ -82,7 +83,7 @@ def _train(config: RunConfig, stop: Stop, server: Starting | None) -> None:
         state = build_training_state(
             config.learner,
             policy,
-            store,
+            source_of_rank(config, store, ranks),
             ranks.device,
             on_load=lambda _: instruments.SNAPSHOT_LOADS.inc(),
             ranks=ranks,

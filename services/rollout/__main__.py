@@ -78,7 +78,7 @@ async def _work(config: RunConfig, stop: Stop, server: Starting) -> None:
                 run_folder.cache_folder(config.run.home, rollout.worker),
                 tolerance=rollout.canary_tolerance,
                 report=lambda applied: worker.report_update(applied),
-                shared=run_folder.cache_folder(config.run.home, "objects"),
+                shared=run_folder.objects_folder(config.run.home),
                 adapter=adapter,
             )
             sampler = TrajectorySampler(

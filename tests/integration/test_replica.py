@@ -29,6 +29,7 @@ from palimpsest.common.messages import (
     decode,
     encode,
 )
+from palimpsest.common.run_folder import objects_folder
 from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.snapshots.writer import Writer
 from palimpsest.common.user_error import ExitCode
@@ -251,6 +252,8 @@ def test_a_replica_killed_and_restarted_leaves_no_token_unscored(setup: Setup, p
 
 
 def test_two_replicas_share_the_work_and_one_takes_over_when_the_other_is_killed(setup: Setup) -> None:
+    shared = objects_folder(setup.run.parent / "runs" / "t")
+    shared.mkdir(parents=True)  # as a worker of this machine would
     one, other = setup.replica("replica-0"), setup.replica("replica-1")
     one.ready()
     other.ready()
@@ -265,6 +268,9 @@ def test_two_replicas_share_the_work_and_one_takes_over_when_the_other_is_killed
     setup.publish(second)
     eventually(lambda: complete(setup, second))
     setup.check(second)
+    with SnapshotClient(setup.store.url) as client:
+        objects = {client.manifest(Version(version)).object for version in range(VERSIONS)}
+    assert {path.name for path in shared.iterdir()} == {*objects, "lock"}
 
 
 def test_a_stopped_replica_finishes_the_records_it_has_read(setup: Setup) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,13 @@ def test_all_ranks_refuse_a_version_that_is_damaged_or_lost_for_one_of_them(both
         lost, damaged = rank["errors"]
         assert "version 4 is not there" in lost or "for another rank" in lost
         assert "snapshot 3 is damaged" in damaged
+
+
+def test_one_rank_transfers_each_object_for_both_and_again_once_if_its_file_is_damaged(both: Any) -> None:
+    first, second = (rank["served"] for rank in both["versions"])
+    whole, damaged = (Counter(own) + Counter(other) for own, other in zip(first, second, strict=True))
+    assert whole == {0: 1, 1: 1, 2: 1, 3: 1}
+    assert damaged == {0: 1, 1: 1, 2: 2, 3: 1}
 
 
 def test_a_policy_continues_from_the_shards_of_a_checkpoint(both: Any) -> None:

@@ -74,7 +74,7 @@ def main(folders: dict[str, str], experts: str, folder: Path) -> None:
             saved[name] |= results(policy, minibatches, own)
         if again:
             saved["canaries"] = canaries(files, ranks, load_model(model, ranks.device, "sdpa", layout="packed"), rows)
-            saved["walked"] = walked(files, ranks)
+            saved["walked"] = walked(files, ranks, folder / f"objects of {family}")
         torch.save(saved, folder / f"{family} {ranks.rank}.pt")
     files = ModelFiles(experts, "sdpa", mesh, ranks.device, layout="packed", context=ranks.context)
     torch.save(replayed_experts(files, experts, ranks), folder / f"{EXPERTS} {ranks.rank}.pt")

@@ -71,7 +71,7 @@ def main(tied: str, untied: str, experts: str, folder: Path) -> None:
         }
         torch.save(saved, folder / f"{case} {ranks.rank}.pt")
     files = ModelFiles(tied, "eager", mesh, ranks.device)
-    torch.save(walked(files, ranks), folder / f"versions {ranks.rank}.pt")
+    torch.save(walked(files, ranks, folder / "objects"), folder / f"versions {ranks.rank}.pt")
     model = load_model(tied, ranks.device, "eager")
     torch.save(canaries(files, ranks, model, CASES[THREE][0]), folder / f"canaries {ranks.rank}.pt")
     torch.save(continued(files, ranks, folder / "checkpoint"), folder / f"checkpoint {ranks.rank}.pt")

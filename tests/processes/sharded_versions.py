@@ -1,6 +1,7 @@
 """Versions and checkpoints of a sharded policy, made and read by the ranks of shard_on_ranks.py."""
 
 import io
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +11,13 @@ import torch
 from msgspec.structs import replace
 
 from palimpsest.common.config.learner import OptimizerConfig
+from palimpsest.common.snapshots import shared_objects
 from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.snapshots.client import VersionMissing
 from palimpsest.common.snapshots.encoding import encode_version
 from palimpsest.common.snapshots.frames import Hashed, RawTensor
 from palimpsest.common.snapshots.manifest import SCHEMA, Manifest, Parent, seal, unseal, version_digest
+from palimpsest.common.snapshots.shared_objects import SharedObjects
 from palimpsest.common.user_error import UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import Row, pad
@@ -36,6 +39,8 @@ from palimpsest.services.learner.sharding.sharded_policy import ShardedPolicy
 from palimpsest.services.learner.sharding.shared_work import OnAllRanks, Shards
 from palimpsest.services.learner.sharding.versioned_shards import VersionedShards
 from tests.learner_parts.models import CPU
+from tests.processes.waiting import LIMIT_S
+from tests.servers.stored_weights import flip
 
 DAMAGED, LOST = Version(3), Version(4)
 
@@ -50,6 +55,8 @@ class Versions:
         self.objects: dict[str, bytes] = {}
         self.weights: dict[Version, list[RawTensor]] = {}
         self.compression = 1
+        self.served = Counter[Version]()
+        """Versions whose object this rank has downloaded -> times."""
 
     def send_object(self, digest: str, size: int, file: IO[bytes]) -> None:
         """See SnapshotClient."""
@@ -95,11 +102,16 @@ class Versions:
     def object(self, manifest: Manifest) -> Iterator[Iterator[bytes]]:
         bodies = [self.objects[each.digest] for each in manifest.objects]
         Hashed(iter(bodies), manifest).verify()
+        self.served[manifest.version] += 1
         yield iter(bodies)
 
 
-def walked(files: ModelFiles, ranks: ProcessGroup) -> dict[str, Any]:
-    """Move a sharded shadow over versions. Return what it held, what it had to hold, and the errors."""
+def walked(files: ModelFiles, ranks: ProcessGroup, folder: Path) -> dict[str, Any]:
+    """Move a sharded shadow over versions. Return what it held, what it had to hold, the errors, and the downloads.
+
+    folder: of the files that the ranks share. Before the last move one of them is damaged.
+    """
+    shared_objects.PATIENCE_S = LIMIT_S
     policy = ShardedPolicy(files.build(holds=torch.float32, trains=True), OptimizerConfig(), ranks)
     store, held_bytes = Versions(), []
     shards = a_rank(policy, files, ranks, store)
@@ -121,9 +133,15 @@ def walked(files: ModelFiles, ranks: ProcessGroup) -> dict[str, Any]:
     store.damage(DAMAGED)
     if not ranks.is_rank0:
         store.manifests[LOST] = store.manifests[Version(0)]
-    shadow: Any = VersionedShards(files.build(holds=COMPUTES, trains=False), files, store, ranks)  # type: ignore[arg-type]
-    held, errors = {}, []
-    for version in map(Version, (1, 0, 2, LOST, DAMAGED, 1)):
+    source = SharedObjects(store, folder)
+    shadow: Any = VersionedShards(files.build(holds=COMPUTES, trains=False), files, source, ranks)
+    held, errors, served = {}, [], []
+    for version in map(Version, (1, 0, 2, LOST, DAMAGED, 1, 2)):
+        if version == 2 and version in held:
+            served.append(dict(store.served))
+            if ranks.is_rank0:
+                flip(folder / store.manifests[version].object, store.manifests[version].object_size // 2)
+            ranks.broadcast_object("damaged")
         try:
             assert shadow.load_version(version)
         except (UserError, VersionMissing) as error:
@@ -138,6 +156,7 @@ def walked(files: ModelFiles, ranks: ProcessGroup) -> dict[str, Any]:
         "held": held,
         "expected": expected,
         "errors": errors,
+        "served": [*served, dict(store.served)],
         "held_bytes": held_bytes,
         "storages": shared,
         "sizes": {tensor.name: len(tensor.raw) for tensor in store.weights[Version(0)]},

@@ -15,7 +15,8 @@ import torch
 from palimpsest.common.config.proximal import MissingPolicy
 from palimpsest.common.snapshots.adapter import Adapter
 from palimpsest.common.snapshots.chain import order
-from palimpsest.common.snapshots.client import SnapshotClient, VersionMissing
+from palimpsest.common.snapshots.client import VersionMissing
+from palimpsest.common.snapshots.walker import VersionSource
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.batch.batching import PaddedBatch, versions_present
 from palimpsest.services.learner.distributed import ProcessGroup
@@ -32,7 +33,7 @@ class SnapshotSource:
     def __init__(
         self,
         model: torch.nn.Module,
-        store: SnapshotClient,
+        store: VersionSource,
         device: torch.device,
         *,
         max_tokens: int,

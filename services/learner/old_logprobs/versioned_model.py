@@ -6,9 +6,8 @@ import torch
 
 from palimpsest.common.snapshots.adapter import Adapter, refuse_other_adapter
 from palimpsest.common.snapshots.ahead import FetchAhead
-from palimpsest.common.snapshots.client import SnapshotClient
 from palimpsest.common.snapshots.manifest import Damaged
-from palimpsest.common.snapshots.walker import Walker
+from palimpsest.common.snapshots.walker import VersionSource, Walker
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.model.weights import EditableModel
@@ -35,7 +34,7 @@ class MovableModel(Protocol):
 class VersionedModel:
     """A model and the version whose weights it holds."""
 
-    def __init__(self, model: torch.nn.Module, store: SnapshotClient, adapter: Adapter | None = None) -> None:
+    def __init__(self, model: torch.nn.Module, store: VersionSource, adapter: Adapter | None = None) -> None:
         """adapter: of the model; None if its weights are whole."""
         self.model, self._adapter = model, adapter
         self._ahead = FetchAhead(store)

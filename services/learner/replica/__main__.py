@@ -38,6 +38,7 @@ def _score(config: RunConfig, stop: Stop, server: Starting) -> None:
     import torch
 
     from palimpsest.services.learner.model.policy import load_policy
+    from palimpsest.services.learner.old_logprobs.version_source import source_of_replica
     from palimpsest.services.learner.old_logprobs.versioned_model import VersionedModel
     from palimpsest.services.learner.replica.worker import ReplicaWorker
 
@@ -61,7 +62,8 @@ def _score(config: RunConfig, stop: Stop, server: Starting) -> None:
     with SnapshotClient(config.store_url, ca_file=config.snapshot_store.ca_file) as store:
         try:
             with HeldName(store, "replica", own.name, key="replica.name", on_lost=replica.fail, pause=stop.wait):
-                model = VersionedModel(load_policy(config, device), store, own_adapter(config))
+                source = source_of_replica(config, store)
+                model = VersionedModel(load_policy(config, device), source, own_adapter(config))
                 replica.work(model, ControlCheck(store))
         finally:
             bus.close()

@@ -1,7 +1,8 @@
 """A sharded model whose adapter holds one version at a time. Every rank reads the whole adapter from the store."""
 
 from palimpsest.common.snapshots.adapter import Adapter
-from palimpsest.common.snapshots.client import SnapshotClient, VersionMissing
+from palimpsest.common.snapshots.client import VersionMissing
+from palimpsest.common.snapshots.walker import VersionSource
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.old_logprobs.versioned_model import VersionedModel
@@ -11,7 +12,7 @@ from palimpsest.services.learner.sharding.sharded_model import ShardedModel
 class VersionedAdapter(VersionedModel):
     """See VersionedModel. All ranks must call its methods together."""
 
-    def __init__(self, model: ShardedModel, store: SnapshotClient, adapter: Adapter, ranks: ProcessGroup) -> None:
+    def __init__(self, model: ShardedModel, store: VersionSource, adapter: Adapter, ranks: ProcessGroup) -> None:
         super().__init__(model, store, adapter)
         self._ranks = ranks
 

@@ -1,7 +1,8 @@
 """A sharded model that holds one version at a time. Each rank moves its own shards along the deltas in the store.
 
-Each rank reads a version's object, verifies its digest, and applies the slices that overlap its shards. After the last
-step the ranks gather one weight after another, and each of them verifies the digests of some tensors.
+Each rank reads a version's object, which one rank of a node transfers for all (version_source.py), verifies its digest,
+and applies the slices that overlap its shards. After the last step the ranks gather one weight after another, and each
+of them verifies the digests of some tensors.
 """
 
 from collections.abc import Iterator
@@ -10,11 +11,11 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from palimpsest.common.snapshots.client import SnapshotClient, VersionMissing
+from palimpsest.common.snapshots.client import VersionMissing
 from palimpsest.common.snapshots.codec import Bytes
 from palimpsest.common.snapshots.frames import RawTensor, verify
 from palimpsest.common.snapshots.manifest import ITEMSIZE, Damaged, Manifest, TensorEntry
-from palimpsest.common.snapshots.walker import Walker
+from palimpsest.common.snapshots.walker import VersionSource, Walker
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.checkpoint_names import part_views
@@ -28,7 +29,7 @@ from palimpsest.services.learner.sharding.sharded_model import ShardedModel, who
 class VersionedShards:
     """See VersionedModel. All ranks must call its methods together."""
 
-    def __init__(self, model: ShardedModel, files: ModelFiles, store: SnapshotClient, ranks: ProcessGroup) -> None:
+    def __init__(self, model: ShardedModel, files: ModelFiles, store: VersionSource, ranks: ProcessGroup) -> None:
         self.model, self._files, self._ranks = model, files, ranks
         own = EditableShards(model, files)
         self._walker = Walker(store, own, held=own.held)

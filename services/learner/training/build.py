@@ -10,7 +10,8 @@ from palimpsest.common.config.learner import LearnerConfig
 from palimpsest.common.config.proximal import InterruptionProximal, MissingPolicy, ReplicaProximal, SnapshotProximal
 from palimpsest.common.logs import logger
 from palimpsest.common.snapshots.adapter import Adapter
-from palimpsest.common.snapshots.client import SnapshotClient, VersionMissing
+from palimpsest.common.snapshots.client import VersionMissing
+from palimpsest.common.snapshots.walker import VersionSource
 from palimpsest.common.versions import Version
 from palimpsest.services.learner.distributed import ProcessGroup
 from palimpsest.services.learner.model.critic import Critic, critic_optimizer
@@ -39,7 +40,7 @@ class _Parts:
     """Arguments that sources are built from."""
 
     policy: TrainablePolicy
-    store: SnapshotClient
+    store: VersionSource
     device: torch.device
     on_load: Callable[[Version], None]
     max_tokens: int
@@ -53,7 +54,7 @@ class _Parts:
 def build_training_state(
     config: LearnerConfig,
     policy: TrainablePolicy,
-    store: SnapshotClient,
+    store: VersionSource,
     device: torch.device,
     *,
     on_load: Callable[[Version], None],
