@@ -27,10 +27,10 @@ from palimpsest.common.snapshots.walker import VersionSource
 from palimpsest.common.time_limits import limit_s
 from palimpsest.common.versions import Version
 
-KEPT = 4
-"""Newest objects that stay in the folder. A process that lags further behind downloads again, which costs only time:
-ranks of a learner move together, and the workers load the newest version; only a learner whose batches have tokens of
-more than four old versions comes back to objects that are gone."""
+KEPT = 8
+"""Newest objects that stay in the folder, most of them deltas. The workers load the newest version; the ranks of a
+learner move together over those that a batch may hold, which are at most learner.max_staleness older. With more than
+about six of these, ranks come back to objects that are gone. One of them downloads it again, which costs only time."""
 PATIENCE_S = 60.0
 """Time for which a process waits for another one's download of an object without bytes, in seconds (time_limits.py). A
 process that is paused must not hold up the others."""
