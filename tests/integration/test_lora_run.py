@@ -25,7 +25,7 @@ from tests.runs.run_process import (
 pytestmark = pytest.mark.servers
 LORA = (
     "--learner.lora.rank=4", "--learner.lora.alpha=8", "--learner.optimizer.lr=1e-3", "--learner.record=true",
-    "--learner.checkpoint.keep=20",
+    "--learner.checkpoint.keep=1000",
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from tests.runs.run_process import (
 )
 
 pytestmark = pytest.mark.servers
-KEPT = ("--learner.sharding=full", "--learner.record=true", "--learner.checkpoint.keep=20")
+KEPT = ("--learner.sharding=full", "--learner.record=true", "--learner.checkpoint.keep=1000")
 PACKED = ("--learner.layout=packed", "--model.attention=sdpa", "--learner.activation_checkpointing=true")
 
 
