@@ -94,19 +94,36 @@ def run(invocation: Invocation, settled: PreparedRun, stop: Stop) -> None:
     if bus is None:  # the summary would wait for the same log
         print(f"{console_text.STOPPED_BEFORE}\n{again}")
         sys.exit(int(ExitCode.INTERRUPTED))
+    if done:
+        finish(config)
+        return
     try:
         summary = conclude(home)
     except UserError as error:
-        if done:
-            raise
         print(f"{console_text.STOPPED}\n{again}\nThere is no report: {error}")  # the command to resume matters most
         sys.exit(int(ExitCode.INTERRUPTED))
-    if not done:
-        print(f"{console_text.format_stop(summary)}\n{again}\n{console_text.format_result(summary, home)}")
-        if summary["versions"]:
-            print(f"model: the run is not finished; export its newest version with:\n{export_command(home)}")
-        sys.exit(int(ExitCode.STOPPED if local.is_stopped_over_rest else ExitCode.INTERRUPTED))
-    print(console_text.format_result(summary, home), flush=True)
+    print(f"{console_text.format_stop(summary)}\n{again}\n{console_text.format_result(summary, home)}")
+    if summary["versions"]:
+        print(f"model: the run is not finished; export its newest version with:\n{export_command(home)}")
+    sys.exit(int(ExitCode.STOPPED if local.is_stopped_over_rest else ExitCode.INTERRUPTED))
+
+
+def finish(config: RunConfig) -> None:
+    """Write the report of a finished run, export its model, and print both. Raises UserError.
+
+    Without a report, for example because the history is damaged, the model is exported, too.
+    """
+    home = config.run.home
+    try:
+        with file_errors_as_user_errors():
+            print(console_text.format_result(conclude(home), home), flush=True)
+    except UserError as error:
+        print(export_last(config), flush=True)
+        raise UserError(
+            f"The run is done, but there is no report: {error}\nAfter fixing this, write it with:\n"
+            f"{console_text.report_command(home, program=program())}",
+            error.code,
+        ) from None
     print(export_last(config))
 
 

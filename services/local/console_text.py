@@ -134,6 +134,15 @@ def export_command(home: Path, *, overwrite: bool, program: str) -> str:
     return f"  {program} export {shlex.join([*flags, str(home), str(home / MODEL)])}"
 
 
+def report_command(home: Path, *, program: str) -> str:
+    """Return the command that writes the run's report; program: see `called`.
+
+    >>> print(report_command(Path("runs/first"), program="palimpsest"))
+      palimpsest report runs/first
+    """
+    return f"  {program} report {shlex.quote(str(home))}"
+
+
 def format_stop(summary: Mapping[str, Any]) -> str:
     """Return the last line of a stopped run."""
     return f"Stopped cleanly after {count(summary['versions'], 'version')}. Continue with:"

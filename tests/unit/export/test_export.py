@@ -17,6 +17,7 @@ from safetensors import deserialize
 from palimpsest.common.snapshots.frames import RawTensor
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.export.export import export
+from palimpsest.run import finish
 from palimpsest.services.report.named_run import named_run
 from tests.processes.programs import run_program
 from tests.processes.waiting import LIMIT_S, until
@@ -95,6 +96,19 @@ def test_the_requested_or_the_newest_version_is_exported(
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| version | {expected} |" in card
     assert f"| trained tokens | {sum(1000 * version for version in range(3, expected + 1)):,} |" in card
+
+
+def test_a_finished_run_with_a_damaged_history_is_exported(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (home / "history.jsonl").open("a") as file:
+        file.write("{}\n")
+    config, _ = named_run([str(home)], {}, program="")
+    with pytest.raises(UserError, match="The run is done, but there is no report: ") as error:
+        finish(config)
+    assert f"{home / 'history.jsonl'}, line 4: " in str(error.value)
+    assert str(error.value).endswith(f" report {home}")
+    assert error.value.code == ExitCode.DAMAGED
+    assert capsys.readouterr().out == f"model: {home / 'model'} (version 5)\n"
+    assert held(home / "model") == plain(tensors_of(50))
 
 
 def test_other_files_are_copied_from_the_starting_model(home: Path, tmp_path: Path) -> None:
