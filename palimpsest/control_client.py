@@ -122,9 +122,29 @@ def forwarded(target: str, port: int) -> Iterator[str]:
 
 
 def wait_for(client: ControlClient, change: dict[str, Any], limit_s: float) -> dict[str, Any]:
-    """Return the change in its final state, or as it is after `limit_s` seconds."""
+    """Return the change in its final state, or as it is after `limit_s` seconds.
+
+    Raises UserError (3) if the service cannot be asked any more: it may have applied the change and ended.
+    """
     deadline = time.monotonic() + limit_s
     while change["state"] == "requested" and time.monotonic() < deadline:
         time.sleep(0.5)
-        change = client.get(f"/v1/changes/{change['change']}")
+        try:
+            change = client.get(f"/v1/changes/{change['change']}")
+        except UserError as error:
+            if isinstance(error, Refused) and error.reply.get("code") != "unknown_change":
+                raise
+            raise UserError(_unknown_outcome(client.url, change, error), ExitCode.UNAVAILABLE) from None
     return change
+
+
+def _unknown_outcome(url: str, change: Mapping[str, Any], error: UserError) -> str:
+    """What a person can do if a service accepted a change and cannot tell what became of it."""
+    what, name = change["kind"], change["change"]
+    after_a_stop = " A learner that obeyed exits with 7." if what == "stop" else ""
+    return (
+        f"{what}: {url} accepted it (change {name}), but can no longer say whether it took effect ({error}). The "
+        "service ended or was started again, perhaps after the change took effect, or the network failed."
+        f"{after_a_stop} `palimpsest status` shows whether the run is running. If the change took effect, "
+        f"the service's log has a line `change` with {name} (logs.level info or debug); if not, send it again"
+    )

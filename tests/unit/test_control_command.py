@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from palimpsest.common.control.desk import ControlDesk
 from palimpsest.common.service import Server, application
 from palimpsest.common.user_error import ExitCode, UserError
 from palimpsest.common.versions import Version
-from palimpsest.control_client import ControlClient
+from palimpsest.control_client import ControlClient, url_in, wait_for
 from palimpsest.control_command import COMMANDS, command, parse_settings
 from palimpsest.services.learner.control.routes import RULES, control_routes
 from palimpsest.services.learner.control.run_control import RunControl
+from tests.processes.waiting import LIMIT_S
 
 CONFIG = RunConfig.model_validate(
     {"model": {"path": "m"}, "tasks": {"environments": {"lookup": 1.0}}, "learner": {"versions": 9}}
@@ -138,6 +140,30 @@ def test_a_change_that_the_loop_refuses_has_code_1(run: Path) -> None:
     with pytest.raises(UserError, match=r"refused: learner\.versions: 4 versions are trained") as raised:
         command("set", [str(run), "learner.versions=4"])
     assert raised.value.code is ExitCode.CRASHED
+
+
+@pytest.mark.parametrize("kind", ["resume", "stop"])
+def test_a_service_that_ends_after_it_accepted_a_change_leaves_the_outcome_open(kind: str) -> None:
+    desk = ControlDesk("c")
+    control = RunControl(CONFIG, desk, publish=lambda _: None)
+    app = application("learner", registry=CollectorRegistry(), ready=lambda: None, status=lambda: STATUS, rules=RULES)
+    app.include_router(control_routes(desk, lambda: control.current, cuts=False))
+    with Server(app, "127.0.0.1", 0, key="learner") as server:
+        client = ControlClient(f"http://127.0.0.1:{server.port}")
+        change = client.send("POST", f"/v1/actions/{kind}")
+    text = rf"{kind}: http.* accepted it \(change c1\), but can no longer say .* cannot be reached"
+    with closing(client), pytest.raises(UserError, match=text) as raised:
+        wait_for(client, change, LIMIT_S)
+    assert raised.value.code is ExitCode.UNAVAILABLE
+    assert ("obeyed exits with 7" in str(raised.value)) == (kind == "stop")
+
+
+def test_a_service_that_was_started_again_does_not_know_the_change(run: Path) -> None:
+    change = {"change": "other-1", "kind": "settings", "state": "requested"}
+    with closing(ControlClient(url_in(run, "learner"))) as client, pytest.raises(UserError, match="other-1") as raised:
+        wait_for(client, change, LIMIT_S)
+    assert raised.value.code is ExitCode.UNAVAILABLE
+    assert "was started again" in str(raised.value)
 
 
 def test_a_wrong_token_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
