@@ -25,6 +25,8 @@ class PreparedRun:
     saved: Path
     """The run's configuration file, which every service reads."""
     lock: RunLock
+    before: bytes | None
+    """What the configuration file held before a resume; None for a new run."""
 
 
 def resolve(invocation: Invocation) -> RunConfig:
@@ -62,5 +64,6 @@ def prepare_run(invocation: Invocation, *, now: datetime.datetime) -> PreparedRu
         raise UserError(f"{home} already holds a run: continue it with --resume {home}, or choose another --run.id")
     if invocation.resume is not None:
         hand_over(home, stated_settings(load([str(saved)], {}, program="").config, config, invocation.overrides))
+    before = saved.read_bytes() if invocation.resume is not None else None
     write(saved, to_toml(config).encode())
-    return PreparedRun(config, saved, lock)
+    return PreparedRun(config, saved, lock, before)

@@ -61,8 +61,10 @@ def test_a_run_with_shards_is_not_continued_without_them(tmp_path: Path, startin
     toml, home = scripted(tmp_path, starting_model, versions=1), tmp_path / "scripted"
     code, output = RunProcess(toml, "--learner.sharding=full").finish()
     assert code == 0, output[-3000:]
+    saved = (home / "run.toml").read_bytes()
     code, output = RunProcess(toml, "--resume", home, "--learner.versions=2", "--learner.sharding=none").finish()
     assert code != 0
+    assert (home / "run.toml").read_bytes() == saved, "a refused configuration is not that of the run"
     assert 'was written with sharding: continue the run with learner.sharding = "full"' in output
 
 
