@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.servers, pytest.mark.long]
 NODES = ("node-0", "node-1")
 VERSIONS = 8
 KILLED = 128 + 9
+RARELY = dict.fromkeys(NODES, ("--learner.checkpoint.every=1000",))
+"""The ranks write a checkpoint only when they end."""
 
 
 @pytest.fixture
@@ -110,6 +112,49 @@ def test_the_other_node_continues_after_a_checkpoint_when_a_launcher_is_terminat
     for name, code in (("node-0", ExitCode.INTERRUPTED), ("node-1", ExitCode.DONE)):
         assert services.process(name).wait(timeout=WITHIN_S) == code, services.log(name).read_text()[-3000:]
     check_the_run(services, ranks=1)
+
+
+def test_all_launchers_end_after_a_checkpoint_when_one_that_is_needed_is_terminated(
+    begun: Callable[[str], Services],
+) -> None:
+    services = begun("full")
+    services.restarting(NODES, flags=RARELY)
+    services.until(lambda: len(history(services.home)) >= 2, "version 2")
+    services.process("node-1").terminate()
+    for name in NODES:
+        assert services.forget(name) == ExitCode.INTERRUPTED, services.log(name).read_text()[-3000:]
+    assert newest_manifest(services.home)["trained_versions"] == len(history(services.home))
+
+
+@pytest.mark.parametrize("terminated", NODES)
+def test_no_launcher_waits_for_one_that_is_terminated_while_the_ranks_start_again(
+    terminated: str, begun: Callable[[str], Services]
+) -> None:
+    """node-1 is suspended, so that node-0 waits for it in the rendezvous."""
+    services = begun("full")
+    services.restarting(NODES)
+    services.until(lambda: len(history(services.home)) >= 2, "version 2")
+    late = psutil.Process(services.process("node-1").pid)
+    late.suspend()
+    kill_the_rank(services, "node-0")
+    services.until(lambda: "(restart 1 of 3)" in services.log("node-0").read_text(), "the restart")
+    services.process(terminated).terminate()
+    late.resume()
+    for name in NODES:
+        assert services.forget(name) == ExitCode.INTERRUPTED, services.log(name).read_text()[-3000:]
+    (other,) = set(NODES) - {terminated}
+    assert "1 of 2 nodes received a signal to end; the run was stopped" in services.log(other).read_text()
+
+
+def test_all_launchers_end_with_the_code_of_a_killed_rank_when_no_restart_is_left(
+    begun: Callable[[str], Services],
+) -> None:
+    services = begun("full")
+    services.restarting(NODES, restarts=0)
+    kill_the_rank(services, "node-1")
+    for name in NODES:
+        assert services.forget(name) == KILLED, services.log(name).read_text()[-3000:]
+        assert "was ended by SIGKILL; all 0 restarts of --max-restarts are used up" in services.log(name).read_text()
 
 
 def test_the_launcher_that_is_left_says_that_the_rendezvous_is_gone(begun: Callable[[str], Services]) -> None:

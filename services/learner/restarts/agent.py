@@ -21,6 +21,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, Rend
 
 from palimpsest.common.user_error import ExitCode
 from palimpsest.services.learner.restarts.deaths import (
+    STOPPED,
     LearnerEnding,
     PastDeath,
     RankDeath,
@@ -72,6 +73,11 @@ class RestartingAgent(LocalElasticAgent):
         except RunEnded:
             self._wait_until_all_know()
             raise
+        except SignalException:
+            with suppress(DistError):
+                if self._round is not None and self._round.ending() is not None:
+                    self._wait_until_all_know()
+            raise
         except RendezvousClosedError:
             ending = None if self._round is None else self._round.ending()
             if ending is None:
@@ -102,8 +108,10 @@ class RestartingAgent(LocalElasticAgent):
             return super()._invoke_run(role)
         except SignalException:
             if self._round is not None:
-                with suppress(DistError):  # the node that serves the rendezvous may have ended by the same signal
-                    self._round.leave()
+                with suppress(RendezvousError, DistError):  # the node that serves the rendezvous may have ended too
+                    if self._round.leave(self._min_nodes):
+                        handler: Any = self._worker_group.spec.rdzv_handler
+                        handler.shutdown()  # launchers that wait for a new round look only whether it is closed
             raise
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
@@ -209,9 +217,7 @@ class RestartingAgent(LocalElasticAgent):
         self._cause = f"{leaving} of {self._round.nodes} nodes received a signal to end"
         if self._round.nodes - leaving < self._min_nodes:
             self._stop_after_a_checkpoint()
-            raise RunEnded(
-                LearnerEnding(int(ExitCode.INTERRUPTED), f"{self._cause}; the run was stopped, and can continue")
-            )
+            raise RunEnded(LearnerEnding(int(ExitCode.INTERRUPTED), f"{self._cause}; {STOPPED}"))
         self._restart_workers(worker_group)
         return RunResult(state=WorkerState.HEALTHY)
 

@@ -22,6 +22,7 @@ FINAL = frozenset(
     )
 )
 """Exit codes after which the ranks do not start again: they would end in the same way, or the run was stopped."""
+STOPPED = "the run was stopped, and can continue"
 SAME = 3
 """This number of equal deaths in a row, without a new checkpoint in between, ends the run."""
 
@@ -103,7 +104,7 @@ def why_not_again(code: int, past: Sequence[PastDeath], *, left: int, allowed: i
     ''
     """
     if code in (ExitCode.STOPPED, ExitCode.INTERRUPTED):
-        return "the run was stopped, and can continue"
+        return STOPPED
     if code in FINAL:
         return "another start would end in the same way; the rank states the cause"
     newest = past[-SAME:]

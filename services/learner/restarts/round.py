@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from palimpsest.services.learner.restarts.deaths import LearnerEnding, RankDeath
+from palimpsest.common.user_error import ExitCode
+from palimpsest.services.learner.restarts.deaths import STOPPED, LearnerEnding, RankDeath
 
 T = TypeVar("T", RankDeath, LearnerEnding)
 BEAT_S = 5.0
@@ -33,6 +34,7 @@ class Round:
         self.node, self.nodes = node, nodes
         self._store, self._now = store, now
         self._next_beat = now()
+        self._told_read = False
         self._seen = {other: (0, now()) for other in range(nodes) if other != node}
 
     def tell_death(self, death: RankDeath) -> RankDeath:
@@ -51,10 +53,20 @@ class Round:
         """Why the ranks do not start again; None if they do, or live."""
         return self._read("ending", LearnerEnding)
 
-    def leave(self) -> None:
-        """Tell that this launcher ends because it received a signal. It needs to know of no ending."""
+    def leave(self, fewest: int) -> bool:
+        """Tell that this launcher ends because it received a signal. It needs to know of no ending.
+
+        fewest: the ranks start again on at least as many nodes. Return whether that ends the run: its ranks died, and
+        the other nodes are too few for a start.
+        """
         self._store.add("leaving", 1)
         self.tell_read()
+        death, leaving = self.death(), self.leaving()
+        if death is None or self.nodes - leaving >= fewest:
+            return False
+        text = f"{death.text}; {leaving} of {self.nodes} nodes received a signal to end; {STOPPED}"
+        self.tell_ending(LearnerEnding(int(ExitCode.INTERRUPTED), text))
+        return True
 
     def leaving(self) -> int:
         """Number of launchers that end because they received a signal."""
@@ -69,8 +81,10 @@ class Round:
         return self._count("finished") >= self.nodes
 
     def tell_read(self) -> None:
-        """Tell that this launcher knows of the ending."""
-        self._store.add("read", 1)
+        """Tell, once, that this launcher knows of the ending."""
+        if not self._told_read:
+            self._told_read = True
+            self._store.add("read", 1)
 
     def all_read(self) -> bool:
         """Whether all launchers know of the ending."""

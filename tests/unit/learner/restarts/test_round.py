@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from palimpsest.common.user_error import ExitCode
 from palimpsest.services.learner.restarts.deaths import LearnerEnding, RankDeath
 from palimpsest.services.learner.restarts.round import BEAT_S, LOST_S, Round
 
@@ -55,7 +56,8 @@ def check_messages(store: Any) -> None:
     first.tell_ending(ending := LearnerEnding(137, "all restarts are used up"))
     assert second.ending() == ending
     first.tell_read()
-    assert not second.all_read()
+    first.tell_read()
+    assert not second.all_read(), "a launcher counts once"
     second.tell_read()
     assert first.all_read()
     first.finish()
@@ -63,12 +65,29 @@ def check_messages(store: Any) -> None:
     second.finish()
     assert first.all_finished()
     assert first.leaving() == 0
-    second.leave()
+    second.leave(1)
     assert first.leaving() == 1
 
 
 def test_all_launchers_read_what_one_tells() -> None:
     check_messages(Store())
+
+
+@pytest.mark.parametrize(
+    ("died", "fewest", "ends"), [(True, 2, True), (True, 1, False), (False, 2, False), (False, 1, False)]
+)
+def test_a_launcher_that_leaves_ends_a_run_that_waits_for_it(*, died: bool, fewest: int, ends: bool) -> None:
+    first, second = two(Store(), Clock())
+    if died:
+        first.tell_death(RankDeath(-9, "rank 0 (on a) was ended by SIGKILL"))
+    assert second.leave(fewest) == ends
+    ending = first.ending()
+    assert (ending is not None) == ends
+    if ending is not None:
+        assert ending.code == ExitCode.INTERRUPTED
+        assert ending.text.startswith("rank 0 (on a) was ended by SIGKILL; 1 of 2 nodes received a signal to end")
+    first.tell_read()
+    assert first.all_read(), "no launcher waits for the one that leaves"
 
 
 @pytest.mark.thorough
