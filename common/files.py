@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,12 +20,13 @@ FULL = {
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a file to write. It appears under `path` when the block succeeds; an error leaves no file, names `path`.
 
-    A device or a pipe, for example /dev/stdout, is written to directly: a rename would replace it for every program.
+    A device, a pipe or an open file, for example /dev/stdout, is written to directly, after what it holds: a rename
+    would replace it for every program.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if is_special(path):
-        with with_filename(path), path.open("wb") as file:
+        with with_filename(path), _open_special(path) as file:
             yield file
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,6 +50,25 @@ def is_special(path: Path) -> bool:
     """Whether the path names a device, a pipe, or an open file of a process, such as /dev/stdout."""
     of_process = (path.is_symlink() and path.absolute().is_relative_to("/dev")) or path.is_relative_to("/proc")
     return path.exists() and (of_process or not path.is_file())
+
+
+def _open_special(path: Path) -> BinaryIO:
+    number = _open_file(path)
+    if number is None:
+        return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "wb")
+    sys.stdout.flush()  # what was printed before comes first
+    sys.stderr.flush()
+    return os.fdopen(os.dup(number), "wb")  # with the place of the open file, which opening it again would not have
+
+
+def _open_file(path: Path) -> int | None:
+    """Return N if the path leads to /proc/self/fd/N, as /dev/stdout and /dev/fd/N do; else None."""
+    while True:
+        if path.name.isdigit() and os.path.realpath(path.parent) == f"/proc/{os.getpid()}/fd":
+            return int(path.name)
+        if not path.is_symlink():
+            return None
+        path = path.parent / path.readlink()
 
 
 def write(path: Path, body: bytes) -> None:

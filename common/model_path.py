@@ -1,5 +1,6 @@
 """Checks of model.path that need no model to be loaded."""
 
+import difflib
 import json
 import os
 from pathlib import Path
@@ -7,14 +8,31 @@ from pathlib import Path
 from palimpsest.common.user_error import UserError
 
 WHOLE = "a complete model folder with config, weights and tokenizer is needed, as `save_pretrained` writes it"
+MODELS = "models"
+"""Folder of the models that the examples name."""
+STARTING = f"{MODELS}/starting"
 _OF_A_TOKENIZER = ("token", "vocab", "piece", "tekken")
 """Parts of tokenizer file names, over all model families."""
 
 
 def refuse_absent(path: str) -> None:
-    """Raise UserError if the path does not exist and is not the hub id of a model."""
-    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+    """Raise UserError if the path does not exist and is not the hub id of a model, such as Qwen/Qwen3-4B.
+
+    A path in an existing folder, or in the folder of the examples, is no hub id.
+    """
+    folder = Path(path)
+    if folder.exists():
+        return
+    here = folder.parent.is_dir() or str(folder.parent) == MODELS
+    if path.count("/") == 1 and not here and not path.startswith((".", "/", "~")):
+        return
+    if path == STARTING:
         raise UserError(f"model.path: {path} does not exist; `make setup` builds the starting model of the examples")
+    near = difflib.get_close_matches(path, [str(each) for each in folder.parent.glob("*/")], n=1)
+    raise UserError(
+        f"model.path: {path} does not exist{f'; did you mean {near[0]}?' if near else ''}: {WHOLE}. A plan needs its "
+        f"config.json only"
+    )
 
 
 def refuse_no_model(path: str) -> None:

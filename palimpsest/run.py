@@ -17,7 +17,6 @@ from palimpsest.common.config import Invocation, load
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.control.credentials import service_token
 from palimpsest.common.file_errors import file_errors_as_user_errors
-from palimpsest.common.files import write
 from palimpsest.common.model_limits import refuse_limits
 from palimpsest.common.model_path import refuse_no_model, refuse_no_tokenizer
 from palimpsest.common.service import Stop
@@ -29,7 +28,7 @@ from palimpsest.services.live.state import Plan, State, ready_at, state
 from palimpsest.services.live.stopwatch import Stopwatch
 from palimpsest.services.local import console_text
 from palimpsest.services.local.bus_opening import open_run_bus
-from palimpsest.services.local.run_setup import PreparedRun, prepare_run, resolve
+from palimpsest.services.local.run_setup import PreparedRun, prepare_run, resolve, restore
 from palimpsest.services.local.supervisor import Supervisor, assign_ports
 from palimpsest.services.report.folder import contents, newest_checkpoint
 
@@ -93,7 +92,8 @@ def run(invocation: Invocation, settled: PreparedRun, stop: Stop) -> None:
             ):  # raise the error that ended the run, even if the report fails too
                 conclude(home)
         if error.code == ExitCode.CONFIGURATION and newest_checkpoint(config.checkpoint_folder) == checkpoint:
-            restore(settled)
+            with contextlib.suppress(OSError):
+                restore(settled)
         raise UserError(f"{error}\nAfter fixing this, resume with:\n{again}", error.code) from None
     if bus is None:  # the summary would wait for the same log
         print(f"{console_text.STOPPED_BEFORE}\n{again}")
@@ -110,13 +110,6 @@ def run(invocation: Invocation, settled: PreparedRun, stop: Stop) -> None:
     if summary["versions"]:
         print(f"model: the run is not finished; export its newest version with:\n{export_command(home)}")
     sys.exit(int(ExitCode.STOPPED if local.is_stopped_over_rest else ExitCode.INTERRUPTED))
-
-
-def restore(settled: PreparedRun) -> None:
-    """Give a resumed run its former configuration file back: a service has refused the new configuration."""
-    if settled.before is not None:
-        with contextlib.suppress(OSError):  # raise the error that ended the run
-            write(settled.saved, settled.before)
 
 
 def finish(config: RunConfig) -> None:

@@ -1,10 +1,12 @@
 """`palimpsest store` and `palimpsest pin`: the stored versions of a run."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from palimpsest.common.files import is_special
 from palimpsest.common.program import print_line
 from palimpsest.common.snapshots.manifest import Manifest
 from palimpsest.common.snapshots.raw_file import RawFile
@@ -70,7 +72,11 @@ def store(arguments: Sequence[str]) -> None:
             case "verify":
                 lines = _verified(stored, [_number(rest[0])] if rest else stored.numbers())
             case "export":
-                lines = iter([write_archive(stored, _number(rest[0]), Path(rest[1]))])
+                written = write_archive(stored, _number(rest[0]), Path(rest[1]))
+                if is_special(Path(rest[1])):  # the standard output holds the archive, perhaps
+                    print(written, file=sys.stderr)
+                    return
+                lines = iter([written])
             case _:
                 lines = iter([read_archive(stored, Path(rest[0]))])
         for line in lines:

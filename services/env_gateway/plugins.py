@@ -79,6 +79,6 @@ def check_tasks(environments: Iterable[str], registry: Registry) -> None:
                 hint = "; reasoning-gym is not installed: install palimpsest with the extra [reasoning-gym]"
             raise UserError(
                 f"tasks.environments: the gateway has no environment {name!r}{hint} "
-                f"(built in: lookup, hop, add, reasoning_gym.DATASET; your own: env_gateway.plugins; "
+                f"(built in: those that `palimpsest env list` prints; your own: env_gateway.plugins; "
                 f"of other projects: env_gateway.adapters)"
             )

@@ -1,16 +1,18 @@
 """Creates the folder of a new run, or takes the folder of a resumed run."""
 
 import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from palimpsest.common import run_folder
 from palimpsest.common.config import Invocation, load
 from palimpsest.common.config.schema import RunConfig
+from palimpsest.common.config.settings import value_of
 from palimpsest.common.config.to_toml import to_toml
 from palimpsest.common.file_errors import usable_folder
 from palimpsest.common.files import write
-from palimpsest.common.resumed_settings import hand_over, stated_settings
+from palimpsest.common.resumed_settings import hand_over, stated, stated_settings
 from palimpsest.common.trajectory_limit import with_limit
 from palimpsest.common.user_error import UserError
 from palimpsest.services.local.lock import RunLock
@@ -25,8 +27,8 @@ class PreparedRun:
     saved: Path
     """The run's configuration file, which every service reads."""
     lock: RunLock
-    before: bytes | None
-    """What the configuration file held before a resume; None for a new run."""
+    before: Mapping[Path, bytes | None]
+    """File that a resume changes -> what it held; None if it did not exist. {} for a new run."""
 
 
 def resolve(invocation: Invocation) -> RunConfig:
@@ -62,8 +64,24 @@ def prepare_run(invocation: Invocation, *, now: datetime.datetime) -> PreparedRu
     lock = RunLock(home, now=now)
     if invocation.resume is None and saved.exists():
         raise UserError(f"{home} already holds a run: continue it with --resume {home}, or choose another --run.id")
+    before = {}
     if invocation.resume is not None:
-        hand_over(home, stated_settings(load([str(saved)], {}, program="").config, config, invocation.overrides))
-    before = saved.read_bytes() if invocation.resume is not None else None
+        before = {file: _bytes(file) for file in (saved, home / run_folder.RESUMED_SETTINGS)}
+        left = {key: value_of(config, key) for key in stated(home)}  # by a resume that died before the learner began
+        own = stated_settings(load([str(saved)], {}, program="").config, config, invocation.overrides)
+        hand_over(home, left | own)
     write(saved, to_toml(config).encode())
     return PreparedRun(config, saved, lock, before)
+
+
+def _bytes(file: Path) -> bytes | None:
+    return file.read_bytes() if file.exists() else None
+
+
+def restore(prepared: PreparedRun) -> None:
+    """Give a resumed run its files back: a service has refused the new configuration. Raises OSError."""
+    for file, body in prepared.before.items():
+        if body is None:
+            file.unlink(missing_ok=True)
+        else:
+            write(file, body)

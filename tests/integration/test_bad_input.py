@@ -127,7 +127,7 @@ def without_tokenizer(folder: Path, starting: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (absent, "model.path: {model} does not exist; `make setup` builds"),
+        (absent, "model.path: {model} does not exist: a complete model folder"),
         (empty, "model.path: {model} holds no model (there is no {model}/config.json): a complete model folder"),
         (garbage, "model.path: {model}/config.json cannot be read ("),
         (without_tokenizer, "model.path: {model} has no usable tokenizer (no tokenizer.json or its like): a complete"),

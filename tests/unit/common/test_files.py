@@ -97,15 +97,18 @@ def test_a_pipe_is_written_to_and_stays(tmp_path: Path, link: str) -> None:
     os.close(reader)
 
 
-def test_the_standard_output_stays_also_when_it_is_a_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "earlier"), [("wb", b""), ("ab", b"of another program\n")])
+def test_the_standard_output_keeps_its_place_also_in_a_file(tmp_path: Path, mode: str, earlier: bytes) -> None:
     program = (
-        "import pathlib, sys; from palimpsest.common.files import write; write(pathlib.Path(sys.argv[1]), b'body')"
+        "import pathlib, sys; from palimpsest.common.files import write\n"
+        "print('before'); write(pathlib.Path(sys.argv[1]), b'body\\n'); print('after')"
     )
-    before = Path("/dev/stdout").readlink()
-    with (tmp_path / "out").open("wb") as out:
+    link = Path("/dev/stdout").readlink()
+    (tmp_path / "out").write_bytes(b"of another program\n")
+    with (tmp_path / "out").open(mode) as out:
         subprocess.run([sys.executable, "-c", program, "/dev/stdout"], check=True, cwd=Path.cwd(), stdout=out)
-    assert (tmp_path / "out").read_bytes() == b"body"
-    assert Path("/dev/stdout").readlink() == before
+    assert (tmp_path / "out").read_bytes() == earlier + b"before\nbody\nafter\n"
+    assert Path("/dev/stdout").readlink() == link
 
 
 def test_an_error_of_the_temporary_file_names_the_file(tmp_path: Path) -> None:

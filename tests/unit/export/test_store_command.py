@@ -1,5 +1,9 @@
 """`palimpsest store`: lists, shows, checks, exports and imports versions, deltas included."""
 
+import io
+import os
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +181,18 @@ def test_a_damaged_manifest_is_not_replaced_by_other_weights_than_its_delta_name
     with pytest.raises(UserError, match="version 1 of the store is a delta to other weights of version 0"):
         lines(capsys, "import", home, archive)
     assert path.read_bytes() == b"{}"
+
+
+def test_an_archive_goes_through_a_pipe(home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    store_command.store(["export", str(home), "2", str(tmp_path / "two.tar")])
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor() as pool:
+        received = pool.submit((tmp_path / "pipe").read_bytes)
+        capfd.readouterr()
+        store_command.store(["export", str(home), "2", str(tmp_path / "pipe")])
+    assert capfd.readouterr().out == "", "the standard output may be the pipe"
+    with tarfile.open(tmp_path / "two.tar") as file, tarfile.open(fileobj=io.BytesIO(received.result())) as piped:
+        assert [member.name for member in piped] == [member.name for member in file]
 
 
 def test_an_export_onto_a_folder_names_the_folder(home: Path, tmp_path: Path) -> None:
