@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from palimpsest.common.bus.claim_check import Claims
 from palimpsest.common.bus.factory import connect
 from palimpsest.common.bus.port import Bus, OffsetGone, Record
+from palimpsest.common.bus.sqlite_damage import damage_as_user_error, refuse_other_file
 from palimpsest.common.config.schema import RunConfig
 from palimpsest.common.messages import TOPICS
 from palimpsest.common.user_error import ExitCode, UserError
@@ -16,20 +17,26 @@ SILENT_S = 60.0
 
 
 def open_existing_bus(config: RunConfig, claims: Claims | None = None) -> Bus:
-    """Open the log of an existing run; see `connect`. Raises UserError if the log does not exist."""
+    """Open the log of an existing run; see `connect`. Raises UserError if the log does not exist or is damaged."""
     if config.bus.kind == "sqlite" and not config.bus_path.is_file():
         raise UserError(
             f"{config.bus_path}: no such log; name the run file of the run (runs/ID/run.toml), or set --run.id and "
             f"--run.folder"
         )
-    bus = connect(config, claims)
+    if config.bus.kind == "sqlite":
+        refuse_other_file(config.bus_path)
+    with damage_as_user_error(str(config.bus_path)):
+        bus = connect(config, claims)
     try:
         for topic in TOPICS:
-            with bus.consumer(topic):
+            with damage_as_user_error(str(config.bus_path)), bus.consumer(topic):
                 pass
     except LookupError as error:
         bus.close()
         raise UserError(f"run {config.run.id} has no log: {error}. Check run.id and bus.servers") from None
+    except UserError:
+        bus.close()
+        raise
     return bus
 
 
@@ -39,7 +46,7 @@ def read_existing(bus: Bus, topic: str, start: Mapping[int, int] | None = None) 
     `start`: partition -> first offset to read. Reading starts at the first record of the log in all other partitions,
     and in partitions whose offset is gone.
     """
-    with bus.consumer(topic) as consumer:
+    with damage_as_user_error(f"topic {topic} (bus.path)"), bus.consumer(topic) as consumer:
         ends, begun = consumer.ends(), start or {}
         for partition, offset in begun.items():
             _seek_if_present(consumer.seek, partition, offset)

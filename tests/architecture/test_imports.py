@@ -78,7 +78,7 @@ def test_checking_a_run_loads_no_heavy_library(service: str) -> None:
 @pytest.mark.parametrize(
     ("library", "homes"),
     [
-        ("sqlite3", {"common/bus/sqlite.py"}),
+        ("sqlite3", {"common/bus/sqlite.py", "common/bus/sqlite_damage.py"}),
         (
             "vllm",
             {
