@@ -15,6 +15,9 @@ For every trained token with an old log-prob, the command loads the stored versi
 With learner.context_parallel above 1, ranks share the tokens of each row, and the tokens are compared alone only:
 same_layout_tokens is 0.
 
+The command scores on a GPU if it sees one, otherwise on the CPU. To score on the CPU, put CUDA_VISIBLE_DEVICES= before
+the command. Expect equal values only on the kind of device that the learner used.
+
 Versions in a bucket are downloaded first, with the credentials in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
 
 Prints one JSON line: tokens, versions, alone_mean_abs and alone_max_abs (nats), same_layout_tokens (scored in
