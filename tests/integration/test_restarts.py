@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from palimpsest.common.config import load
 from palimpsest.common.files import write
 from palimpsest.common.trajectory_limit import resolved_toml
 from palimpsest.common.user_error import ExitCode
+from palimpsest.control_client import ControlClient
 from tests.processes.waiting import LIMIT_S
+from tests.runs.endless import send
 from tests.runs.run_process import ROOT, check_ledger, check_whole_groups, history, newest_manifest, scripted
 from tests.runs.unsupervised import WITHIN_S, Services
 
@@ -112,6 +115,22 @@ def test_the_other_node_continues_after_a_checkpoint_when_a_launcher_is_terminat
     for name, code in (("node-0", ExitCode.INTERRUPTED), ("node-1", ExitCode.DONE)):
         assert services.process(name).wait(timeout=WITHIN_S) == code, services.log(name).read_text()[-3000:]
     check_the_run(services, ranks=1)
+
+
+def test_the_ranks_start_again_with_a_launcher_that_joins(begun: Callable[[str], Services]) -> None:
+    services = begun("full")
+    join = services.restarting(NODES[:1], nodes="1:2", flags=RARELY)
+    services.until(lambda: len(history(services.home)) >= 2, "version 2")
+    with closing(ControlClient(f"http://127.0.0.1:{services.ports['node-0']}")) as learner:
+        paused = send(learner, "POST", "/v1/actions/pause", {})["version"]  # so that the run does not end before
+        join("node-1")
+        line = f"a node joined; 2 ranks on 2 nodes start again from the committed checkpoint of version {paused}"
+        services.until(lambda: any(line in services.log(name).read_text() for name in NODES), "the start with node-1")
+        services.until(lambda: bool(services.status("node-0").get("paused")), "the new learner")
+        learner.send("POST", "/v1/actions/resume", json={})
+    for name in NODES:
+        assert services.process(name).wait(timeout=WITHIN_S) == 0, services.log(name).read_text()[-3000:]
+    check_the_run(services, ranks=2)
 
 
 def test_all_launchers_end_after_a_checkpoint_when_one_that_is_needed_is_terminated(

@@ -83,15 +83,16 @@ class Services:
         restarts: int = 3,
         fault: str = "",
         flags: Mapping[str, Sequence[str]] = MappingProxyType({}),
-    ) -> None:
+    ) -> Callable[[str], None]:
         """Start a learner of one rank a node, whose launchers start the ranks again. The first node serves the
-        rendezvous over TCP.
+        rendezvous over TCP. Return a function that starts the launcher of a further node.
 
         nodes: of --nnodes. flags: node -> flags of this node only.
         """
         learner, file = ports.free(), self.home.parent / "rendezvous"
         endpoint = f"127.0.0.1:{ports.free()}" if store_type == "tcp" else str(file)
-        for name in names:
+
+        def join(name: str) -> None:
             self.ports[name] = learner
             conf = f"store_type={store_type},is_host={int(name == names[0])},last_call_timeout=2"
             launcher = (
@@ -101,6 +102,10 @@ class Services:
             )
             own = flags.get(name, ())
             self.start(name, "learner", f"--learner.port={learner}", KEEP_ALL, *own, launcher=launcher, fault=fault)
+
+        for name in names:
+            join(name)
+        return join
 
     def log(self, name: str) -> Path:
         return self.home.parent / f"{name}.log"
