@@ -74,7 +74,7 @@ def store(arguments: Sequence[str]) -> None:
             case "export":
                 written = write_archive(stored, _number(rest[0]), Path(rest[1]))
                 if is_special(Path(rest[1])):  # the standard output holds the archive, perhaps
-                    print(written, file=sys.stderr)
+                    sys.stderr.write(f"{written}\n")
                     return
                 lines = iter([written])
             case _:

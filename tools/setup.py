@@ -181,7 +181,7 @@ def model_digest() -> str:
 def install_with_progress(command: list[str], total_gb: float) -> None:
     """Run uv and print the installed size every few seconds. Raises Failed."""
     started = shown = time.monotonic()
-    free_before = shutil.disk_usage(ROOT).free
+    free_before, got = shutil.disk_usage(ROOT).free, 0.0
     settings = client_settings(VENV / "bin" / "pip")
     with subprocess.Popen(command, cwd=ROOT, env=settings, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
@@ -190,8 +190,8 @@ def install_with_progress(command: list[str], total_gb: float) -> None:
             except subprocess.TimeoutExpired:
                 if time.monotonic() - shown > 5:
                     shown = time.monotonic()
-                    got = (free_before - shutil.disk_usage(ROOT).free) / 1e9
-                    say(f"  {max(got, 0):.1f} of up to {total_gb} GB written, {shown - started:.0f} s")
+                    got = max(got, (free_before - shutil.disk_usage(ROOT).free) / 1e9)  # others may free some
+                    say(f"  {got:.1f} of up to {total_gb} GB written, {shown - started:.0f} s")
         _, errors = process.communicate()
     if process.returncode != 0:
         reason = errors.strip().splitlines()[-6:] or [f"uv ended with {process.returncode}"]

@@ -45,7 +45,7 @@ def format_start(config: RunConfig, urls: Mapping[str, str], *, resumed: bool) -
     lines += [f"  {name:{widest}}  {place}" for name, place in places.items()]
     lines.append(f"Each service answers /v1/status and /metrics; the logs are in {home / 'logs'}.")
     if config.rollout.engine.kind == "vllm":
-        lines.append("The engine takes 30 to 60 s to start; then training begins.")
+        lines.append("The engine takes 30 to 60 s to start, longer on a busy machine; then training begins.")
     return "\n".join([*lines, "Ctrl-C stops cleanly; the run can be continued later.", ""])
 
 

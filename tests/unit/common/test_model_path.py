@@ -1,4 +1,4 @@
-"""A model path that does not exist is told from the hub id of a model."""
+"""A model path that does not exist is not taken for the hub id of a model."""
 
 from pathlib import Path
 
