@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 
 from palimpsest.common.bus.claim_check import Claims
 from palimpsest.common.bus.factory import connect
@@ -25,18 +26,16 @@ def open_existing_bus(config: RunConfig, claims: Claims | None = None) -> Bus:
         )
     if config.bus.kind == "sqlite":
         refuse_other_file(config.bus_path)
-    with damage_as_user_error(str(config.bus_path)):
+    with damage_as_user_error(str(config.bus_path)), ExitStack() as unless_opened:
         bus = connect(config, claims)
-    try:
-        for topic in TOPICS:
-            with damage_as_user_error(str(config.bus_path)), bus.consumer(topic):
-                pass
-    except LookupError as error:
-        bus.close()
-        raise UserError(f"run {config.run.id} has no log: {error}. Check run.id and bus.servers") from None
-    except UserError:
-        bus.close()
-        raise
+        unless_opened.callback(bus.close)
+        try:
+            for topic in TOPICS:
+                with bus.consumer(topic):
+                    pass
+        except LookupError as error:
+            raise UserError(f"run {config.run.id} has no log: {error}. Check run.id and bus.servers") from None
+        unless_opened.pop_all()
     return bus
 
 

@@ -87,16 +87,16 @@ class SharedObjects:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / manifest.object
         with ExitStack() as stack:  # closes a damaged file at the end: until then no other file can be the same one
-            damaged = _open(path)
-            if damaged is not None:
-                if _is_whole(damaged, manifest):
+            found = _open(path)
+            if found is not None:
+                if _is_whole(found, manifest):
                     with suppress(OSError):  # of another user
-                        os.utime(damaged.fileno())
-                    return damaged
-                stack.callback(damaged.close)
+                        os.utime(found.fileno())
+                    return found
+                stack.callback(found.close)
             with self._locked(manifest.object_size):
                 file = _open(path)
-                if file is not None and damaged is not None and _same(file, damaged):
+                if file is not None and found is not None and _same(file, found):
                     file.close()
                     file = None
                 if file is None:  # no other process has downloaded it meanwhile

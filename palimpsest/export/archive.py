@@ -5,12 +5,11 @@ import tarfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 from blake3 import blake3
 
 from palimpsest.common.file_errors import file_errors_as_user_errors
-from palimpsest.common.files import atomic_write, is_special
+from palimpsest.common.files import atomic_write
 from palimpsest.common.snapshots.manifest import Damaged, Manifest, unseal
 from palimpsest.common.text import count
 from palimpsest.common.user_error import ExitCode, UserError
@@ -27,8 +26,7 @@ def write_archive(stored: StoredVersions, version: int, path: Path) -> str:
     with stored.whole_chain(version):
         while (parent := chain[-1].parent) is not None:
             chain.append(stored.manifest(parent.version))
-    mode: Literal["w", "w|"] = "w|" if is_special(path) else "w"  # a pipe has no positions
-    with atomic_write(path) as file, tarfile.open(fileobj=file, mode=mode) as archive:
+    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w|") as archive:  # a pipe has no positions
         for manifest in reversed(chain):  # the base first: an import adds no delta before its parent
             with stored.user_errors(f"version {manifest.version}"):
                 with stored.object(manifest) as chunks:

@@ -27,6 +27,7 @@ from palimpsest.services.learner.restarts.deaths import (
     RankDeath,
     decisive,
     describe,
+    describe_leaving,
     shell_code,
     why_not_again,
 )
@@ -214,7 +215,7 @@ class RestartingAgent(LocalElasticAgent):
     def _without_them(self, worker_group: WorkerGroup, leaving: int) -> RunResult:
         """Continue without the nodes that leave, or end."""
         assert self._round is not None
-        self._cause = f"{leaving} of {self._round.nodes} nodes received a signal to end"
+        self._cause = describe_leaving(leaving, self._round.nodes)
         if self._round.nodes - leaving < self._min_nodes:
             self._stop_after_a_checkpoint()
             raise RunEnded(LearnerEnding(int(ExitCode.INTERRUPTED), f"{self._cause}; {STOPPED}"))

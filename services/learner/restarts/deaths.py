@@ -92,6 +92,15 @@ def describe(rank: int, host: str, code: int) -> str:
     return f"rank {rank} (on {host}) was ended by {known.get(-code, f'signal {-code}')}"
 
 
+def describe_leaving(leaving: int, nodes: int) -> str:
+    """Return a clause about the nodes whose launchers end.
+
+    >>> describe_leaving(1, 2)
+    '1 of 2 nodes received a signal to end'
+    """
+    return f"{leaving} of {nodes} nodes received a signal to end"
+
+
 def why_not_again(code: int, past: Sequence[PastDeath], *, left: int, allowed: int) -> str:
     """Return why the ranks do not start again; empty if they do.
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from palimpsest.common.user_error import ExitCode
-from palimpsest.services.learner.restarts.deaths import STOPPED, LearnerEnding, RankDeath
+from palimpsest.services.learner.restarts.deaths import STOPPED, LearnerEnding, RankDeath, describe_leaving
 
 T = TypeVar("T", RankDeath, LearnerEnding)
 BEAT_S = 5.0
@@ -64,7 +64,7 @@ class Round:
         death, leaving = self.death(), self.leaving()
         if death is None or self.nodes - leaving >= fewest:
             return False
-        text = f"{death.text}; {leaving} of {self.nodes} nodes received a signal to end; {STOPPED}"
+        text = f"{death.text}; {describe_leaving(leaving, self.nodes)}; {STOPPED}"
         self.tell_ending(LearnerEnding(int(ExitCode.INTERRUPTED), text))
         return True
 
